@@ -1,0 +1,123 @@
+"""Train the shapes UNet jointly with its text encoder on cached latents, and save the pipeline; about an hour on two cores.
+
+The text encoder first learns for a few minutes to name what a caption says (as CLIP's has learned from pictures
+before Stable Diffusion sees it); then both are trained on the noise prediction alone.
+
+    python examples/shapes/train_denoiser.py
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+import torch
+from attributes import AttributeHeads, attribute_loss
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from model import RUNS_DIR, build_scheduler, build_text_encoder, build_tokenizer, build_unet
+from safetensors.torch import load_file
+from scenes import all_wordings, caption, labels, render, sample_scene
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+from training import train
+
+from pcm_scheduler.lora_file import write_safetensors
+
+TRAIN_SEED = 1
+OMIT = 0.12  # each of size, place, background is left unsaid this often
+CAPTION_DROPOUT = 0.1  # for classifier-free guidance
+
+
+@torch.no_grad()
+def cached_moments(vae: AutoencoderKL, count: int) -> dict[str, torch.Tensor]:
+    """Mean and standard deviation of the latents of `count` training scenes, (count, 4, 16, 16) each, fp16, from disk if there."""
+    path = RUNS_DIR / f"moments-{count}.safetensors"
+    if not path.exists():
+        parts: dict[str, list[torch.Tensor]] = {"mean": [], "std": []}
+        for j in tqdm(range(0, count, 64), desc="encode"):
+            images = render([sample_scene(TRAIN_SEED, i) for i in range(j, min(j + 64, count))])
+            with torch.autocast("cpu", torch.bfloat16):
+                posterior = vae.encode(images).latent_dist
+            parts["mean"].append(posterior.mean.half())
+            parts["std"].append(posterior.std.half())
+        write_safetensors({name: torch.cat(tensors) for name, tensors in parts.items()}, path)
+    return load_file(path)
+
+
+class CaptionReader(nn.Module):
+    """The text encoder with heads that name the scene, for its first lesson."""
+
+    def __init__(self, text_encoder: nn.Module, width: int):
+        super().__init__()
+        self.text_encoder = text_encoder
+        self.heads = AttributeHeads(width)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--learning-rate", type=float, default=1.2e-3)
+    parser.add_argument("--scenes", type=int, default=20480)
+    parser.add_argument("--reading-steps", type=int, default=1500)
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL.from_pretrained(RUNS_DIR / "vae").eval().requires_grad_(False)
+    tokenizer = build_tokenizer(all_wordings())
+    text_encoder, unet, scheduler = build_text_encoder(tokenizer), build_unet(), build_scheduler()
+    scenes = [sample_scene(TRAIN_SEED, i) for i in range(args.scenes)]
+    moments = cached_moments(vae, args.scenes)
+
+    def tokens(indices: list[int], generator: torch.Generator, dropout: float) -> torch.Tensor:
+        rng = np.random.default_rng(torch.randint(2**62, (), generator=generator).item())
+        texts = ["" if rng.random() < dropout else caption(scenes[i], rng, OMIT) for i in indices]
+        padded = tokenizer(texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True)
+        return torch.tensor(padded.input_ids)
+
+    reader = CaptionReader(text_encoder, text_encoder.config.hidden_size)
+
+    def reading_loss(generator: torch.Generator) -> torch.Tensor:
+        which = torch.randint(len(scenes), (128,), generator=generator).tolist()
+        pooled = text_encoder(tokens(which, generator, dropout=0.0)).pooler_output
+        return attribute_loss(reader.heads(pooled), labels([scenes[i] for i in which]))
+
+    train(reader, reading_loss, steps=args.reading_steps, peak_learning_rate=1e-3, checkpoint=RUNS_DIR / "reader.safetensors")
+
+    def denoising_loss(generator: torch.Generator) -> torch.Tensor:
+        which = torch.randint(len(scenes), (args.batch,), generator=generator)
+        mean, std = moments["mean"][which].float(), moments["std"][which].float()
+        latents = (mean + std * torch.randn(mean.shape, generator=generator)) * vae.config.scaling_factor
+        noise = torch.randn(latents.shape, generator=generator)
+        timesteps = torch.randint(scheduler.config.num_train_timesteps, (args.batch,), generator=generator)
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        with torch.autocast("cpu", torch.bfloat16):
+            prompt_embeds = text_encoder(tokens(which.tolist(), generator, CAPTION_DROPOUT)).last_hidden_state
+            predicted = unet(noisy, timesteps, prompt_embeds).sample
+        return F.mse_loss(predicted.float(), noise)
+
+    denoiser = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
+    train(
+        denoiser,
+        denoising_loss,
+        steps=args.steps,
+        peak_learning_rate=args.learning_rate,
+        checkpoint=RUNS_DIR / "denoiser.safetensors",
+        seed=1,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        unet=unet.eval(),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.to(dtype=torch.float16).save_pretrained(RUNS_DIR / "pipeline", safe_serialization=True)
+
+
+if __name__ == "__main__":
+    main()

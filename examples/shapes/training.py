@@ -1,0 +1,82 @@
+"""What the three shapes training scripts share: a seeded, resumable loop with an average of the weights.
+
+Everything that a step needs is a function of (seed, step), so a run that is stopped and started again ends
+with the same weights as one that never stopped.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from lora_training.checkpoint import load_checkpoint, save_checkpoint
+
+LossFunction = Callable[[torch.Generator], torch.Tensor]
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
+    """Linear warm-up, then a cosine down to 2% of the peak."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(steps - warmup, 1)
+    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def train(
+    module: nn.Module,
+    loss_function: LossFunction,
+    *,
+    steps: int,
+    peak_learning_rate: float,
+    checkpoint: Path,
+    seed: int = 0,
+    average_decay: float = 0.999,
+    checkpoint_seconds: float = 120.0,
+) -> None:
+    """Minimise `loss_function`; at the end `module` holds the averaged weights.
+
+    Args:
+        module: everything that is trained.
+        loss_function: takes a CPU generator seeded for this step, returns a scalar.
+        steps: optimisation steps in all; a checkpoint of an earlier run is continued.
+        peak_learning_rate: AdamW's learning rate after warm-up.
+        checkpoint: safetensors file of weights, average and optimiser state, rewritten every `checkpoint_seconds`.
+    """
+    parameters = dict(module.named_parameters())
+    average = {name: p.detach().clone() for name, p in parameters.items()}
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=1e-2)
+    first = load_checkpoint(checkpoint, parameters, optimizer, average) if checkpoint.exists() else 0
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc=checkpoint.stem, mininterval=2.0)
+    smoothed, last_save = None, time.monotonic()
+    module.train()
+    for step in bar:
+        generator = torch.Generator().manual_seed((seed << 32) + step)
+        torch.manual_seed((seed << 32) + step)  # dropout
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, peak_learning_rate)
+        loss = loss_function(generator)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        decay = min(average_decay, (1 + step) / (10 + step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters.values()], 1 - decay)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise RuntimeError(f"The loss is {value} at step {step}; the last good state is {checkpoint}.")
+        smoothed = value if smoothed is None else 0.98 * smoothed + 0.02 * value
+        bar.set_postfix(loss=f"{smoothed:.4f}", lr=f"{optimizer.param_groups[0]['lr']:.1e}", refresh=False)
+        if time.monotonic() - last_save > checkpoint_seconds or step == steps - 1:
+            save_checkpoint(checkpoint, parameters, optimizer, step + 1, average)
+            last_save = time.monotonic()
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            p.copy_(average[name])
+    module.eval()

@@ -1,0 +1,1 @@
+"""Captioned pictures, and the latents and text embeddings made of them once."""

@@ -1,0 +1,64 @@
+"""Put a PCM adapter and the scheduler it was trained for into a pipeline, in one call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from diffusers.utils import logging
+
+from ..lora_file import AdapterSettings, read_settings, with_overrides
+from ..scheduling_pcm import PCMScheduler
+
+logger = logging.get_logger(__name__)
+
+
+def _local_file(adapter: str, weight_name: str | None) -> Path:
+    path = Path(adapter)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        names = sorted(p.name for p in path.glob("*.safetensors"))
+        if weight_name is None and len(names) != 1:
+            raise ValueError(f"{adapter} holds {len(names)} safetensors files; name one with weight_name: {names}.")
+        return path / (weight_name or names[0])
+    if weight_name is None:
+        raise ValueError(f"{adapter} is not a file here. For an adapter on the hub, pass weight_name, the file in that repository.")
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(adapter, weight_name))
+
+
+def load_pcm_lora(
+    pipe: Any,
+    adapter: str | Path,
+    weight_name: str | None = None,
+    adapter_name: str = "pcm",
+    num_phases: int | None = None,
+    phase_edges: tuple[int, ...] | None = None,
+    num_solver_steps: int | None = None,
+) -> AdapterSettings:
+    """Load an adapter's weights and set `pipe.scheduler` to the `PCMScheduler` it was trained for.
+
+    Args:
+        pipe: any diffusers pipeline with `load_lora_weights` and a scheduler.
+        adapter: a `.safetensors` file, a folder, or a hub id.
+        weight_name: the file in a folder or hub repository.
+        adapter_name: the name under which PEFT keeps it.
+        num_phases, phase_edges, num_solver_steps: override what the file says; needed when it says nothing.
+
+    Returns:
+        the settings in force, with the recommended `num_inference_steps`, `guidance_scale` and `eta` to call the pipeline with.
+
+    Raises:
+        ValueError: the file is not safetensors, or neither it nor the caller says the phases.
+    """
+    path = _local_file(str(adapter), weight_name)
+    settings = with_overrides(
+        read_settings(path), num_phases=num_phases, phase_edges=phase_edges, num_solver_steps=num_solver_steps
+    )
+    if settings.inferred:
+        logger.warning(f"{path.name} does not state its settings; inferred from its name: {settings}")
+    pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=adapter_name)
+    pipe.scheduler = PCMScheduler.from_config(pipe.scheduler.config, **settings.scheduler_config)
+    return settings

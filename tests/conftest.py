@@ -1,0 +1,16 @@
+"""Tests share helpers by plain import: the folders of the tests and of the shapes example are on the path."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT / "tests" / "pcm_scheduler"), str(ROOT / "examples" / "shapes")]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the network is a broken test
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
