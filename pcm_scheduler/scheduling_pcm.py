@@ -14,12 +14,14 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from .noise_schedule import (
+    Level,
     alphas_and_sigmas,
     check_prediction_type,
     make_alphas_cumprod,
     make_betas,
     prediction_coefficients,
     rescale_zero_terminal_snr,
+    widen,
 )
 from .phases import PhaseGrid
 from .sampling import check_eta, noise_fractions
@@ -41,6 +43,13 @@ class PCMSchedulerOutput(BaseOutput):
 
     prev_sample: torch.Tensor
     pred_original_sample: torch.Tensor
+
+
+def _combine(x: torch.Tensor, a: Level, y: torch.Tensor, b: Level) -> torch.Tensor:
+    """a x + b y in x's dtype, in new memory."""
+    if isinstance(b, torch.Tensor):
+        return a * x + b * y
+    return torch.mul(x, a).add_(y, alpha=b)
 
 
 class PCMScheduler(SchedulerMixin, ConfigMixin):
@@ -122,6 +131,7 @@ class PCMScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = torch.tensor(self.grid.sampling_timesteps(self.grid.num_phases))
         self._alphas, self._sigmas = alphas_and_sigmas(self.alphas_cumprod)
         self._coefficients: list[tuple[float, ...]] = []
+        self._coefficient_table = torch.empty(0, 7)
         self._noising_levels: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
         self._warned_eta = False
         self._step_index: int | None = None
@@ -220,6 +230,7 @@ class PCMScheduler(SchedulerMixin, ConfigMixin):
             self._step_coefficients(*level, *next_level)
             for level, next_level in zip(zip(alphas, sigmas, strict=True), nexts, strict=True)
         ]
+        self._coefficient_table = torch.tensor(self._coefficients)  # stays on the CPU: no kernel waits for its scalars
         self._step_index = None
         self._begin_index = None
 
@@ -302,30 +313,30 @@ class PCMScheduler(SchedulerMixin, ConfigMixin):
             self._step_index = self._init_step_index(timestep)
         if self._step_index >= len(self._coefficients):
             raise ValueError(f"All {len(self._coefficients)} steps are done; call set_timesteps to begin again.")
-        a, b, c, d, p, q, next_sigma = self._coefficients[self._step_index]
+        # Numbers save a kernel each. Traced, they would be constants of the graph and every step a new graph.
+        table = self._coefficient_table if torch.compiler.is_compiling() else self._coefficients
+        a, b, c, d, p, q, next_sigma = table[self._step_index]
         self._step_index += 1
 
-        x = sample if sample.dtype in (torch.float32, torch.float64) else sample.float()
-        x0 = torch.mul(x, a).add_(model_output, alpha=b)
+        x = widen(sample)
+        x0 = _combine(x, a, model_output, b)
+        ends_at_x0 = self._step_index == len(self._coefficients) and self.config.final_sigmas_type == "zero"
         if eta:
             check_eta(eta)
-            prev = self._renoised(x, model_output, x0, (c, d, p, q, next_sigma), eta, generator)
+            self._warn_about_eta(eta)
+        if ends_at_x0:
+            prev = x0
+        elif not eta:
+            prev = _combine(x, p, model_output, q)
         else:
-            prev = torch.mul(x, p).add_(model_output, alpha=q) if next_sigma else x0
+            kept, fresh = noise_fractions(eta)
+            lost = (1 - kept) * next_sigma
+            noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+            prev = _combine(_combine(x, p - lost * c, model_output, q - lost * d), 1.0, noise, fresh * next_sigma)
         prev, x0 = prev.to(sample.dtype), x0.to(sample.dtype)
         return PCMSchedulerOutput(prev, x0) if return_dict else (prev, x0)
 
-    def _renoised(
-        self,
-        x: torch.Tensor,
-        model_output: torch.Tensor,
-        x0: torch.Tensor,
-        coefficients: tuple[float, float, float, float, float],
-        eta: float,
-        generator: torch.Generator | list[torch.Generator] | None,
-    ) -> torch.Tensor:
-        """The stochastic step: the deterministic one, with part of eps replaced by fresh noise."""
-        c, d, p, q, next_sigma = coefficients
+    def _warn_about_eta(self, eta: float) -> None:
         if not self._warned_eta and self.grid.num_phases > 1:
             self._warned_eta = True
             warnings.warn(
@@ -333,12 +344,6 @@ class PCMScheduler(SchedulerMixin, ConfigMixin):
                 "phase only; eta=0 is what phased adapters are trained for.",
                 stacklevel=3,
             )
-        if not next_sigma:
-            return x0
-        kept, fresh = noise_fractions(eta)
-        lost = (1 - kept) * next_sigma
-        noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        return torch.mul(x, p - lost * c).add_(model_output, alpha=q - lost * d).add_(noise, alpha=fresh * next_sigma)
 
     def _levels(self, like: torch.Tensor, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """alpha and sigma at `timesteps`, shaped to broadcast against `like`, in its dtype, on its device."""

@@ -76,8 +76,12 @@ class AttributeClassifier(nn.Module):
         """The trunk's channels averaged over the picture, (N, 64): the space Frechet distances are measured in."""
         return self.trunk(images).mean(dim=(2, 3))
 
+    def embedding(self, images: torch.Tensor) -> torch.Tensor:
+        """The last layer before the answers, (N, 256): what and where; the space consistency is measured in."""
+        return self.hidden(self.where(self.trunk(images)))
+
     def forward(self, images: torch.Tensor) -> Logits:
-        return self.heads(self.hidden(self.where(self.trunk(images))))
+        return self.heads(self.embedding(images))
 
 
 def load_classifier(path: Path = CLASSIFIER_FILE) -> AttributeClassifier:

@@ -1,0 +1,166 @@
+"""Pictures from the shapes pipeline under each method, and the figures that are read off them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from attributes import AttributeClassifier, judge, load_classifier, rates
+from diffusers import StableDiffusionPipeline
+from model import HERE, MODEL_DIR, build_scheduler, load_pipeline
+from safetensors.torch import load_file
+from scenes import Scene, caption, sample_scene
+from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from tqdm import tqdm
+
+from pcm_scheduler import load_pcm_lora
+
+ADAPTERS = {"PCM": HERE / "adapters" / "pcm_4phase.safetensors", "LCM": HERE / "adapters" / "lcm.safetensors"}
+TEACHER_STATISTICS = HERE / "teacher_statistics.safetensors"
+TEACHER_STEPS, TEACHER_GUIDANCE = 50, 5.0
+STEPS = (1, 2, 4, 8, 16)
+TEST_SEED = 103  # a stream of scenes that no training script draws from
+
+
+def test_scenes(count: int) -> list[Scene]:
+    """Held-out scenes; every second one contains a shape in a colour it never had in training."""
+    return [sample_scene(TEST_SEED, i, held_out=i % 2 == 0) for i in range(count)]
+
+
+def prompts_of(scenes: list[Scene]) -> list[str]:
+    """Full captions in varied wordings."""
+    return [caption(scene, np.random.default_rng((TEST_SEED, i))) for i, scene in enumerate(scenes)]
+
+
+def noise(count: int, seed: int) -> torch.Tensor:
+    """Initial latents (count, 4, 16, 16), one generator per picture, so that batches do not matter."""
+    draws = [torch.randn(4, 16, 16, generator=torch.Generator().manual_seed((seed << 32) + i)) for i in range(count)]
+    return torch.stack(draws)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A scheduler and an adapter on the shapes pipeline."""
+
+    name: str
+    guidance_scale: float
+    eta: float = 0.0
+
+
+class Studio:
+    """The shapes pipeline with every adapter loaded, switched between methods."""
+
+    def __init__(self, adapters: dict[str, Path] = ADAPTERS, model: Path = MODEL_DIR):
+        self.pipe: StableDiffusionPipeline = load_pipeline(model)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.methods, self.schedulers = {"teacher": Method("teacher", TEACHER_GUIDANCE)}, {"teacher": build_scheduler()}
+        for name, path in adapters.items():
+            settings = load_pcm_lora(self.pipe, path, adapter_name=name)
+            self.methods[name] = Method(name, settings.guidance_scale, settings.eta)
+            self.schedulers[name] = self.pipe.scheduler
+
+    def generate(
+        self,
+        method: Method,
+        prompts: list[str],
+        latents: torch.Tensor,
+        steps: int,
+        batch: int = 64,
+        progress: str | None = None,
+    ) -> torch.Tensor:
+        """One picture per prompt through the stock pipeline.
+
+        Args:
+            method: which adapter, scheduler and guidance.
+            prompts: N texts.
+            latents: initial noise (N, 4, 16, 16).
+            steps: num_inference_steps.
+            batch: pictures at a time.
+            progress: name of a progress bar; None shows none.
+
+        Returns:
+            uint8 pictures (N, 3, 128, 128).
+        """
+        self.pipe.scheduler = self.schedulers[method.name]
+        if method.name in ADAPTERS:
+            self.pipe.enable_lora()
+            self.pipe.set_adapters(method.name)
+        elif self.pipe.get_list_adapters():
+            self.pipe.disable_lora()
+        pictures = []
+        for start in tqdm(range(0, len(prompts), batch), desc=progress, disable=progress is None):
+            images = self.pipe(
+                prompt=prompts[start : start + batch],
+                latents=latents[start : start + batch],
+                num_inference_steps=steps,
+                guidance_scale=method.guidance_scale,
+                eta=method.eta,
+                generator=torch.Generator().manual_seed(start),
+                output_type="pt",
+            ).images
+            pictures.append((images * 255).round().byte())
+        return torch.cat(pictures)
+
+    def seconds_per_image(self, method: Method, prompts: list[str], steps: int) -> float:
+        """Wall time of a batch of eight after a warm-up, by picture."""
+        latents = noise(8, seed=0)
+        self.generate(method, prompts[:8], latents, 1)
+        begun = time.perf_counter()
+        self.generate(method, prompts[:8], latents, steps)
+        return (time.perf_counter() - begun) / 8
+
+
+class _Features(nn.Module):
+    """uint8 pictures to the classifier's 64 averaged channels."""
+
+    num_features = AttributeClassifier.feature_width
+
+    def __init__(self, classifier: AttributeClassifier):
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.classifier.features(images.float() / 127.5 - 1)
+
+
+class Judge:
+    """The classifier, as the judge of alignment, of consistency, and of the distance from the teacher's pictures."""
+
+    def __init__(self):
+        self.classifier = load_classifier()
+
+    def alignment(self, images: torch.Tensor, scenes: list[Scene]) -> dict[str, float]:
+        """Share of pictures that are right, per attribute."""
+        verdicts = []
+        for part, batch in enumerate(images.split(256)):
+            verdicts += judge(self.classifier, batch.float() / 127.5 - 1, scenes[part * 256 : part * 256 + len(batch)])
+        return rates(verdicts)
+
+    @torch.no_grad()
+    def consistency(self, few: torch.Tensor, many: torch.Tensor) -> float:
+        """Mean cosine between the embeddings of two pictures of each prompt."""
+        embeddings = [self.classifier.embedding(images.float() / 127.5 - 1) for images in (few, many)]
+        return nn.functional.cosine_similarity(*embeddings).mean().item()
+
+    def frechet(self) -> FrechetInceptionDistance:
+        """An empty Frechet distance over the classifier's features."""
+        return FrechetInceptionDistance(feature=_Features(self.classifier), reset_real_features=False)
+
+    def frechet_to_teacher(self, images: torch.Tensor, statistics: Path = TEACHER_STATISTICS) -> float:
+        """Frechet distance (x 1000) of uint8 pictures to the teacher's stored statistics."""
+        metric = self.frechet()
+        for name, tensor in load_file(statistics).items():
+            setattr(metric, name, tensor)
+        for part in images.split(256):
+            metric.update(part, real=False)
+        return 1000 * metric.compute().item()
+
+
+def teacher_state(metric: FrechetInceptionDistance) -> dict[str, torch.Tensor]:
+    """The sums that `frechet_to_teacher` reads back."""
+    names = ("real_features_sum", "real_features_cov_sum", "real_features_num_samples")
+    return {name: getattr(metric, name) for name in names}
