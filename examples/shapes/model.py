@@ -55,14 +55,14 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_unet() -> UNet2DConditionModel:
-    """SD1.5's UNet in small: cross attention at 16 and 8, none at 4 except in the middle."""
+    """SD1.5's UNet in small: cross attention at half resolution (8 x 8) and in the middle."""
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
         out_channels=4,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(64, 96, 128),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(64, 112, 112),
         layers_per_block=1,
         attention_head_dim=4,  # the number of heads, by diffusers' naming of old
         cross_attention_dim=TEXT_WIDTH,

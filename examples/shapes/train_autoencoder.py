@@ -12,6 +12,7 @@ import argparse
 
 import torch
 from diffusers import AutoencoderKL
+from cpu import keep_freed_memory
 from model import RUNS_DIR, build_autoencoder
 from scenes import object_masks, render, sample_scene
 from torch.nn import functional as F
@@ -68,6 +69,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=8192)
     args = parser.parse_args()
 
+    keep_freed_memory()
     torch.manual_seed(0)
     vae: AutoencoderKL = build_autoencoder()
     images, masks = rendered(args.images)

@@ -10,6 +10,7 @@ import dataclasses
 
 import torch
 from attributes import CLASSIFIER_FILE, AttributeClassifier, attribute_loss
+from cpu import keep_freed_memory
 from model import RUNS_DIR
 from scenes import Labels, labels, render, sample_scene
 from torch.nn import functional as F
@@ -58,6 +59,7 @@ def main() -> None:
         pixels = [((render(scenes[j : j + 64]) + 1) * 127.5).round().byte() for j in tqdm(range(0, count, 64), desc="render")]
         return torch.cat(pixels), labels(scenes)
 
+    keep_freed_memory()
     torch.manual_seed(0)
     classifier = AttributeClassifier()
     images, truth = drawn(TRAIN_SEED, args.scenes)

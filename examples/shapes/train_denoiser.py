@@ -13,6 +13,7 @@ import argparse
 import numpy as np
 import torch
 from attributes import AttributeHeads, attribute_loss
+from cpu import keep_freed_memory, use_plain_attention
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from model import RUNS_DIR, build_scheduler, build_text_encoder, build_tokenizer, build_unet
 from safetensors.torch import load_file
@@ -63,12 +64,15 @@ def main() -> None:
     parser.add_argument("--reading-steps", type=int, default=1500)
     args = parser.parse_args()
 
+    keep_freed_memory()
     torch.manual_seed(0)
     vae = AutoencoderKL.from_pretrained(RUNS_DIR / "vae").eval().requires_grad_(False)
     tokenizer = build_tokenizer(all_wordings())
     text_encoder, unet, scheduler = build_text_encoder(tokenizer), build_unet(), build_scheduler()
     scenes = [sample_scene(TRAIN_SEED, i) for i in range(args.scenes)]
     moments = cached_moments(vae, args.scenes)
+    use_plain_attention(unet)
+    text_encoder.set_attn_implementation("eager")
 
     def tokens(indices: list[int], generator: torch.Generator, dropout: float) -> torch.Tensor:
         rng = np.random.default_rng(torch.randint(2**62, (), generator=generator).item())
