@@ -20,6 +20,7 @@ from pcm_scheduler.lora_file import AdapterSettings, write_adapter
 from .backbones import StableDiffusion15, load_backbone
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import TrainConfig
+from .cpu import keep_freed_memory, use_plain_attention
 from .data.latent_cache import TrainingData, load_training_data
 from .objectives import ConsistencyObjective
 
@@ -35,9 +36,13 @@ def run(config: TrainConfig) -> Path:
     """
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     set_seed(config.seed)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     output = Path(config.output)
     checkpoint = output.with_suffix(".checkpoint.safetensors")
     backbone = load_backbone(config.model)
+    if accelerator.device.type == "cpu":
+        use_plain_attention(backbone.unet)
     for part in (backbone.unet, backbone.vae, backbone.text_encoder):
         part.to(accelerator.device)
     cache = Path(config.data.cache) if config.data.cache else output.parent / "cache"

@@ -17,6 +17,7 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
 
+from lora_training.cpu import keep_freed_memory
 from pcm_scheduler import load_pcm_lora
 
 ADAPTERS = {"PCM": HERE / "adapters" / "pcm_4phase.safetensors", "LCM": HERE / "adapters" / "lcm.safetensors"}
@@ -55,8 +56,10 @@ class Studio:
     """The shapes pipeline with every adapter loaded, switched between methods."""
 
     def __init__(self, adapters: dict[str, Path] = ADAPTERS, model: Path = MODEL_DIR):
+        keep_freed_memory()
         self.pipe: StableDiffusionPipeline = load_pipeline(model)
         self.pipe.set_progress_bar_config(disable=True)
+        self.adapters = adapters
         self.methods, self.schedulers = {"teacher": Method("teacher", TEACHER_GUIDANCE)}, {"teacher": build_scheduler()}
         for name, path in adapters.items():
             settings = load_pcm_lora(self.pipe, path, adapter_name=name)
@@ -86,10 +89,10 @@ class Studio:
             uint8 pictures (N, 3, 128, 128).
         """
         self.pipe.scheduler = self.schedulers[method.name]
-        if method.name in ADAPTERS:
+        if method.name in self.adapters:
             self.pipe.enable_lora()
             self.pipe.set_adapters(method.name)
-        elif self.pipe.get_list_adapters():
+        elif self.adapters:
             self.pipe.disable_lora()
         pictures = []
         for start in tqdm(range(0, len(prompts), batch), desc=progress, disable=progress is None):

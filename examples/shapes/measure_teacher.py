@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import json
 
+import torch
+from attributes import CLASSIFIER_FILE
 from evaluate import (
     TEACHER_GUIDANCE,
     TEACHER_STATISTICS,
@@ -19,13 +21,14 @@ from evaluate import (
     teacher_state,
     test_scenes,
 )
-from model import HERE, MODEL_DIR
+from model import HERE, MODEL_DIR, RUNS_DIR
 from safetensors import safe_open
-from attributes import CLASSIFIER_FILE
+from safetensors.torch import load_file
 from tabulate import tabulate
 
 from pcm_scheduler.lora_file import write_safetensors
 
+REFERENCE_NOISE, OTHER_NOISE = 1, 2
 CARD = HERE / "MODEL_CARD.md"
 BARS = {
     "shape_and_colour": 0.90,
@@ -82,31 +85,41 @@ Frechet distance x 1000 in the classifier's 64 averaged channels, {images} pictu
 """
 
 
+def pictures(studio: Studio, prompts: list[str], seed: int, steps: int) -> torch.Tensor:
+    """The teacher's pictures from one noise, uint8 (N, 3, 128, 128); kept on disk, for they take minutes."""
+    path = RUNS_DIR / "teacher" / f"{len(prompts)}-noise{seed}-{steps}steps.safetensors"
+    if not path.exists():
+        latents, name = noise(len(prompts), seed), f"teacher, {steps} steps"
+        write_safetensors({"images": studio.generate(studio.methods["teacher"], prompts, latents, steps, progress=name)}, path)
+    return load_file(path)["images"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=2048)
     parser.add_argument("--judged", type=int, default=512)
+    parser.add_argument("--draw", type=int, metavar="SEED", help="only draw the 50-step pictures of this noise, 1 or 2, and stop")
     args = parser.parse_args()
 
-    studio, jury = Studio(adapters={}), Judge()
-    teacher = studio.methods["teacher"]
+    studio = Studio(adapters={})
     scenes = test_scenes(args.images)
     prompts = prompts_of(scenes)
-
-    reference = studio.generate(teacher, prompts, noise(args.images, seed=1), TEACHER_STEPS, progress="teacher")
+    if args.draw is not None:
+        pictures(studio, prompts, args.draw, TEACHER_STEPS)
+        return
+    jury = Judge()
+    reference = pictures(studio, prompts, REFERENCE_NOISE, TEACHER_STEPS)
     metric = jury.frechet()
     for part in reference.split(256):
         metric.update(part, real=True)
     write_safetensors(teacher_state(metric), TEACHER_STATISTICS, {"images": str(args.images)})
     alignment = jury.alignment(reference[: args.judged], scenes[: args.judged])
-    print(json.dumps(alignment, indent=1))
+    print(json.dumps(alignment, indent=1), flush=True)
 
-    eight = studio.generate(teacher, prompts, noise(args.images, seed=2), 8, progress="DDIM 8")
-    ddim8 = jury.frechet_to_teacher(eight)
-    print(f"DDIM 8 steps: {ddim8:.2f}")
-    again = studio.generate(teacher, prompts, noise(args.images, seed=2), TEACHER_STEPS, progress="floor")
-    floor = jury.frechet_to_teacher(again)
-    print(f"floor: {floor:.2f}")
+    ddim8 = jury.frechet_to_teacher(pictures(studio, prompts, OTHER_NOISE, 8))
+    print(f"DDIM 8 steps: {ddim8:.2f}", flush=True)
+    floor = jury.frechet_to_teacher(pictures(studio, prompts, OTHER_NOISE, TEACHER_STEPS))
+    print(f"floor: {floor:.2f}", flush=True)
     write_safetensors(
         teacher_state(metric), TEACHER_STATISTICS, {"images": str(args.images), "floor": f"{floor:.4f}", "ddim8": f"{ddim8:.4f}"}
     )

@@ -12,12 +12,13 @@ import argparse
 
 import torch
 from diffusers import AutoencoderKL
-from cpu import keep_freed_memory
 from model import RUNS_DIR, build_autoencoder
 from scenes import object_masks, render, sample_scene
 from torch.nn import functional as F
 from tqdm import tqdm
 from training import train
+
+from lora_training.cpu import keep_freed_memory
 
 TRAIN_SEED = 1
 CROP = 64

@@ -10,13 +10,13 @@ import dataclasses
 
 import torch
 from attributes import CLASSIFIER_FILE, AttributeClassifier, attribute_loss
-from cpu import keep_freed_memory
 from model import RUNS_DIR
 from scenes import Labels, labels, render, sample_scene
 from torch.nn import functional as F
 from tqdm import tqdm
 from training import train
 
+from lora_training.cpu import keep_freed_memory
 from pcm_scheduler.lora_file import write_safetensors
 
 TRAIN_SEED, TEST_SEED = 2, 102

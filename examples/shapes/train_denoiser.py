@@ -13,7 +13,6 @@ import argparse
 import numpy as np
 import torch
 from attributes import AttributeHeads, attribute_loss
-from cpu import keep_freed_memory, use_plain_attention
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from model import RUNS_DIR, build_scheduler, build_text_encoder, build_tokenizer, build_unet
 from safetensors.torch import load_file
@@ -23,6 +22,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from training import train
 
+from lora_training.cpu import keep_freed_memory, use_plain_attention
 from pcm_scheduler.lora_file import write_safetensors
 
 TRAIN_SEED = 1

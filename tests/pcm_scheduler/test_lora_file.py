@@ -1,0 +1,125 @@
+"""The adapter file: what is written is what is loaded, and it says how it was trained."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from model import build_unet, load_pipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from lora_training.config import PCM_TARGET_MODULES
+from pcm_scheduler import AdapterSettings, load_pcm_lora, read_settings
+from pcm_scheduler.lora_file import published_settings, write_adapter
+from pcm_scheduler.phases import PhaseGrid
+
+SETTINGS = AdapterSettings("sd15", PhaseGrid.even(4).edges, 50, training_guidance_scale=5.0, num_inference_steps=4)
+RANK, ALPHA = 4, 2.0
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A UNet with every one of PCM's 14 kinds of module adapted, alpha unlike rank, nothing zero; and its state."""
+    torch.manual_seed(0)
+    unet = load_pipeline().unet
+    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(PCM_TARGET_MODULES), init_lora_weights=False))
+    return unet.eval(), get_peft_model_state_dict(unet)
+
+
+def modules_of(state):
+    return sorted({key.rpartition(".lora_")[0] for key in state})
+
+
+@pytest.fixture
+def adapter_file(trained, tmp_path):
+    path = tmp_path / "adapter.safetensors"
+    write_adapter(path, trained[1], dict.fromkeys(modules_of(trained[1]), ALPHA), SETTINGS, "a title", dtype=torch.float32)
+    return path
+
+
+def test_diffusers_loads_every_module_and_computes_the_same(trained, adapter_file):
+    unet, state = trained
+    pipe = load_pipeline()
+    settings = load_pcm_lora(pipe, adapter_file)
+    assert settings == SETTINGS
+    assert pipe.scheduler.grid == PhaseGrid.even(4)
+    loaded = get_peft_model_state_dict(pipe.unet, adapter_name="pcm")
+    assert modules_of(loaded) == modules_of(state)
+    assert {kind for kind in PCM_TARGET_MODULES if any(m.endswith(kind) for m in modules_of(state))} == set(PCM_TARGET_MODULES)
+    x, t, embeds = torch.randn(1, 4, 16, 16), torch.tensor([500]), torch.randn(1, 40, unet.config.cross_attention_dim)
+    with torch.no_grad():
+        ours, plain = unet(x, t, embeds).sample, load_pipeline().unet(x, t, embeds).sample
+        theirs = pipe.unet(x, t, embeds).sample
+    assert (ours - plain).abs().max() > 0.1, "the adapter does nothing, so the test would prove nothing"
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+
+
+def test_every_module_has_three_tensors_in_kohya_names(trained, adapter_file):
+    with safe_open(adapter_file, "pt") as file:
+        keys = set(file.keys())
+        names = {"lora_unet_" + m.replace(".", "_") for m in modules_of(trained[1])}
+        assert keys == {f"{n}.{part}" for n in names for part in ("lora_down.weight", "lora_up.weight", "alpha")}
+        assert file.get_tensor(f"{min(names)}.alpha").item() == ALPHA
+        header = file.metadata()
+    assert header["pcm.phase_edges"] == "0,239,499,739,999"
+    assert header["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    assert (header["ss_network_dim"], header["ss_network_alpha"]) == ("4", "2.0")
+
+
+def test_names_do_not_collide_when_dots_become_underscores():
+    names = [n.replace(".", "_") for n, _ in build_unet().named_modules()]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("name", "edges", "eta", "steps"),
+    [
+        ("pcm_sd15_smallcfg_4step_converted.safetensors", (0, 239, 499, 739, 999), 0.0, 4),
+        ("pcm_sdxl_normalcfg_8step_converted.safetensors", (0, 124, 249, 374, 499, 624, 749, 874, 999), 0.0, 8),
+        ("pcm_sdxl_lcmlike_lora_converted.safetensors", (0, 999), 1.0, 4),
+    ],
+)
+def test_published_names_are_recognised_and_marked_as_inferred(name, edges, eta, steps):
+    settings = published_settings(name)
+    assert (settings.phase_edges, settings.eta, settings.num_inference_steps) == (edges, eta, steps)
+    assert settings.inferred
+    assert (settings.guidance_scale > 1) == ("normalcfg" in name)
+
+
+def test_files_without_a_header_need_to_be_told(tmp_path, adapter_file):
+    with safe_open(adapter_file, "pt") as file:
+        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    bare = tmp_path / "something.safetensors"
+    save_file(tensors, bare)
+    assert read_settings(bare) is None
+    with pytest.raises(ValueError, match="num_phases"):
+        load_pcm_lora(load_pipeline(), bare)
+    pipe = load_pipeline()
+    assert load_pcm_lora(pipe, bare, num_phases=8, num_solver_steps=40).grid == PhaseGrid.even(8, 40)
+    assert pipe.scheduler.config.num_solver_steps == 40
+
+
+def test_overrides_win_over_the_header(adapter_file):
+    pipe = load_pipeline()
+    assert load_pcm_lora(pipe, adapter_file, num_phases=2).grid.num_phases == 2
+    assert load_pcm_lora(load_pipeline(), adapter_file, phase_edges=(0, 499, 999)).grid.edges == (0, 499, 999)
+
+
+def test_malformed_files_are_named(tmp_path):
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"not a safetensors file")
+    with pytest.raises(ValueError, match=r"broken\.safetensors"):
+        read_settings(broken)
+    with pytest.raises(FileNotFoundError):
+        read_settings(tmp_path / "missing.safetensors")
+    lying = tmp_path / "lying.safetensors"
+    save_file({"x": torch.zeros(1)}, lying, {"pcm.base_model": "sd15", "pcm.phase_edges": "0,250,999", "pcm.num_solver_steps": "50"})
+    with pytest.raises(ValueError, match="239 or 259"):
+        read_settings(lying)
+    save_file({"x": torch.zeros(1)}, lying, {"pcm.base_model": "sd15", "pcm.phase_edges": "0,abc"})
+    with pytest.raises(ValueError, match="header"):
+        read_settings(lying)
+    with pytest.raises(ValueError, match="weight_name"):
+        load_pcm_lora(load_pipeline(), "some/repository")
