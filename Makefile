@@ -28,7 +28,7 @@ lint: $(STAMP)
 	$(PY) -m ruff format --check .
 
 types: $(STAMP)
-	$(PY) -m mypy
+	$(PY) -m mypy pcm_scheduler lora_training
 
 measure: $(STAMP) ## the tables in docs/results.md: Frechet distances and all
 	$(PY) examples/shapes/measure.py

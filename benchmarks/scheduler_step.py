@@ -1,7 +1,7 @@
 """The cost of one scheduler step, PCMScheduler beside diffusers' own, without the network.
 
-    python benchmarks/scheduler_step.py            (prints)
-    python benchmarks/scheduler_step.py --write    (also rewrites the table in benchmarks/README.md)
+python benchmarks/scheduler_step.py            (prints)
+python benchmarks/scheduler_step.py --write    (also rewrites the table in benchmarks/README.md)
 """
 
 from __future__ import annotations
@@ -54,9 +54,13 @@ def microseconds(scheduler, shape: tuple[int, ...], device: str, dtype: torch.dt
 
 def table(device: str, dtype: torch.dtype) -> str:
     """Markdown: microseconds per step and the ratio to TCDScheduler."""
-    measured = {name: {s: microseconds(scheduler, shape, device, dtype) for s, shape in SHAPES.items()} for name, scheduler in SCHEDULERS.items()}
+    measured = {
+        name: {s: microseconds(scheduler, shape, device, dtype) for s, shape in SHAPES.items()}
+        for name, scheduler in SCHEDULERS.items()
+    }
     rows = [
-        [name, *(f"{times[s]:.0f} ({times[s] / measured['TCDScheduler'][s]:.2f})" for s in SHAPES)] for name, times in measured.items()
+        [name, *(f"{times[s]:.0f} ({times[s] / measured['TCDScheduler'][s]:.2f})" for s in SHAPES)]
+        for name, times in measured.items()
     ]
     return tabulate(rows, headers=["", *SHAPES], tablefmt="github", disable_numparse=True)
 

@@ -1,7 +1,8 @@
 """A control picture and a prompt in, a picture out.
 
-    python examples/controlnet.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --controlnet lllyasviel/sd-controlnet-canny \
-        --adapter my_pcm_lora.safetensors --control edges.png --prompt "a house by the sea"
+    python examples/controlnet.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 \
+        --controlnet lllyasviel/sd-controlnet-canny --adapter my_pcm_lora.safetensors \
+        --control edges.png --prompt "a house by the sea"
 
 Without --controlnet it makes a fresh one from the model's UNet. Its output is zero until it is trained: good for trying the
 wiring, not for control. The command above has not been run here.

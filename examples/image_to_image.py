@@ -39,7 +39,8 @@ generator = torch.Generator(device).manual_seed(args.seed)
 if args.image:
     image = Image.open(args.image).convert("RGB")
 else:
-    image = pipe("a large red circle in the center on a plain sky background", num_inference_steps=4, guidance_scale=guidance_scale, generator=generator).images[0]  # fmt: skip
+    words = "a large red circle in the center on a plain sky background"
+    image = pipe(words, num_inference_steps=4, guidance_scale=guidance_scale, generator=generator).images[0]
 
 pipe = AutoPipelineForImage2Image.from_pipe(pipe)
 edited = pipe(

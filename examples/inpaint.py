@@ -19,7 +19,9 @@ SHAPES = Path(__file__).parent / "shapes"
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--image", type=Path)
 parser.add_argument("--mask", type=Path, help="white is drawn anew, black is kept")
-parser.add_argument("--prompt", default="a medium red star on the left and a medium blue ring on the right on a plain sky background")
+parser.add_argument(
+    "--prompt", default="a medium red star on the left and a medium blue ring on the right on a plain sky background"
+)
 parser.add_argument("--model", default=str(SHAPES / "model"), help="hub id or diffusers folder")
 parser.add_argument("--adapter", default=str(SHAPES / "adapters/pcm_4phase.safetensors"), help="file, folder or hub id")
 parser.add_argument("--weight-name", help="the file in a folder or hub repository")
@@ -41,7 +43,8 @@ generator = torch.Generator(device).manual_seed(args.seed)
 if args.image:
     image, mask = Image.open(args.image).convert("RGB"), Image.open(args.mask).convert("L")
 else:
-    image = pipe("a medium red star on the left on a plain sky background", num_inference_steps=4, guidance_scale=guidance_scale, generator=generator).images[0]  # fmt: skip
+    words = "a medium red star on the left on a plain sky background"
+    image = pipe(words, num_inference_steps=4, guidance_scale=guidance_scale, generator=generator).images[0]
     mask = Image.new("L", image.size, 0)
     mask.paste(255, (image.width // 2, 0, *image.size))
 

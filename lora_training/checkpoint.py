@@ -48,7 +48,9 @@ def load_checkpoint(
     with safe_open(path, framework="pt") as file, torch.no_grad():
         keys = set(file.keys())
         if {k.removeprefix("weight/") for k in keys if k.startswith("weight/")} != set(parameters):
-            raise ValueError(f"{path} is a checkpoint of a run with other parameters; move it away or restore the configuration.")
+            raise ValueError(
+                f"{path} is a checkpoint of a run with other parameters; move it away or restore the configuration."
+            )
         for name, p in parameters.items():
             p.copy_(file.get_tensor(f"weight/{name}"))
             prefix = f"optimizer/{name}/"

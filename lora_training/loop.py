@@ -54,9 +54,7 @@ def run(config: TrainConfig) -> Path:
     grid = config.grid(backbone.num_train_timesteps)
     parameters = backbone.add_adapter(config.lora, config.seed)
     cast_training_params(backbone.unet, dtype=torch.float32)
-    optimizer = torch.optim.AdamW(
-        parameters, lr=config.optimizer.learning_rate, weight_decay=config.optimizer.weight_decay
-    )
+    optimizer = torch.optim.AdamW(parameters, lr=config.optimizer.learning_rate, weight_decay=config.optimizer.weight_decay)
     schedule = get_scheduler(
         "cosine" if config.optimizer.schedule == "cosine" else "constant_with_warmup",
         optimizer,
@@ -88,12 +86,15 @@ def run(config: TrainConfig) -> Path:
         schedule.step()
         value = loss.item()
         if not math.isfinite(value):
-            raise RuntimeError(f"The loss is {value} at step {step}. Lower optimizer.learning_rate; the last good state is {checkpoint}.")
+            raise RuntimeError(
+                f"The loss is {value} at step {step}. Lower optimizer.learning_rate; the last good state is {checkpoint}."
+            )
         smoothed = value if smoothed is None else 0.98 * smoothed + 0.02 * value
-        bar.set_postfix(loss=f"{smoothed:.4f}", lr=f"{schedule.get_last_lr()[0]:.1e}", **_memory(), refresh=False)
-        if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.optimizer.steps:
-            if accelerator.is_main_process:
-                save_checkpoint(checkpoint, names, optimizer.optimizer, step + 1)
+        shown = {"loss": f"{smoothed:.4f}", "lr": f"{schedule.get_last_lr()[0]:.1e}"} | _memory()
+        bar.set_postfix(shown, refresh=False)
+        due = (step + 1) % config.checkpoint_every == 0 and step + 1 < config.optimizer.steps
+        if due and accelerator.is_main_process:
+            save_checkpoint(checkpoint, names, optimizer.optimizer, step + 1)
 
     if accelerator.is_main_process:
         _write(config, backbone, output)

@@ -44,7 +44,9 @@ class ConsistencyObjective:
         """alpha and sigma at points n (B,), as (B, 1, 1, 1)."""
         return self.alphas[n].view(-1, 1, 1, 1), self.sigmas[n].view(-1, 1, 1, 1)
 
-    def jump_to_edge(self, sample: torch.Tensor, n: torch.Tensor, edge: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
+    def jump_to_edge(
+        self, sample: torch.Tensor, n: torch.Tensor, edge: torch.Tensor, prompt_embeds: torch.Tensor
+    ) -> torch.Tensor:
         """The student's f(x_n -> edge), (B, 4, h, w) float32; the identity where n is the edge."""
         alpha, sigma = self.levels(n)
         output = self.backbone.predict(sample, self.timesteps[n], prompt_embeds)
@@ -53,7 +55,11 @@ class ConsistencyObjective:
         return torch.where((n == edge).view(-1, 1, 1, 1), sample, landed)
 
     def __call__(
-        self, latents: torch.Tensor, prompt_embeds: torch.Tensor, empty_embeds: torch.Tensor, generator: torch.Generator
+        self,
+        latents: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        empty_embeds: torch.Tensor,
+        generator: torch.Generator,
     ) -> torch.Tensor:
         """The loss of a batch.
 

@@ -87,7 +87,12 @@ class AdapterSettings:
         found = {k.removeprefix(HEADER_PREFIX): v for k, v in header.items() if k.startswith(HEADER_PREFIX)}
         if not found:
             return None
-        readers = {"int": int, "float": float, "str": str, "tuple[int, ...]": lambda v: tuple(int(t) for t in v.split(","))}
+        readers = {
+            "int": int,
+            "float": float,
+            "str": str,
+            "tuple[int, ...]": lambda v: tuple(int(t) for t in v.split(",")),
+        }
         try:
             return cls(**{f.name: readers[str(f.type)](found[f.name]) for f in fields(cls) if f.name in found})  # type: ignore[operator]
         except (ValueError, TypeError) as error:

@@ -43,7 +43,9 @@ def make_betas(beta_schedule: str, beta_start: float, beta_end: float, num_train
         def alpha_bar(time: float) -> float:
             return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
 
-        ratios = (alpha_bar((i + 1) / num_train_timesteps) / alpha_bar(i / num_train_timesteps) for i in range(num_train_timesteps))
+        ratios = (
+            alpha_bar((i + 1) / num_train_timesteps) / alpha_bar(i / num_train_timesteps) for i in range(num_train_timesteps)
+        )
         return torch.tensor([min(1 - ratio, 0.999) for ratio in ratios], dtype=torch.float32)
     raise ValueError(f"Unknown beta_schedule {beta_schedule!r}; choose one of {', '.join(BETA_SCHEDULES)}.")
 

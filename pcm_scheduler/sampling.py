@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 
@@ -92,7 +93,7 @@ def sample_phased(
     check_eta(eta)
     if len(alphas) != len(sigmas) or len(sigmas) < 2:
         raise ValueError(f"alphas and sigmas must be equally many, at least two; got {len(alphas)} and {len(sigmas)}.")
-    if any(b >= a for a, b in zip(sigmas, sigmas[1:], strict=False)):
+    if any(b >= a for a, b in pairwise(sigmas)):
         raise ValueError(f"sigmas must decrease strictly; got {[round(float(s), 4) for s in sigmas]}.")
     if eta > 0 and noise_sampler is None:
         raise ValueError("eta > 0 draws fresh noise at every step: pass a noise_sampler.")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, ClassVar
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -88,7 +89,7 @@ class PCMScheduler(SchedulerMixin, ConfigMixin):
             Where the last step ends: `zero` at `x_0`; `sigma_min` at timestep 0, where training's last phase ends.
     """
 
-    _compatibles = [e.name for e in KarrasDiffusionSchedulers]
+    _compatibles: ClassVar[list[str]] = [e.name for e in KarrasDiffusionSchedulers]
     order = 1
 
     @register_to_config
@@ -211,8 +212,11 @@ class PCMScheduler(SchedulerMixin, ConfigMixin):
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("Pass either num_inference_steps or timesteps.")
         if len(self.alphas_cumprod) != len(self):
-            raise ValueError(f"There are {len(self.alphas_cumprod)} betas for num_train_timesteps={len(self)}; they must be equally many.")
-        if timesteps is not None:
+            raise ValueError(
+                f"There are {len(self.alphas_cumprod)} betas for num_train_timesteps={len(self)}; they must be equally many."
+            )
+        if num_inference_steps is None:
+            assert timesteps is not None
             stops = self._check_timesteps(timesteps)
         else:
             stops = list(self.grid.sampling_timesteps(num_inference_steps, strength))
@@ -245,7 +249,7 @@ class PCMScheduler(SchedulerMixin, ConfigMixin):
         top = len(self) - 1
         if not stops or stops != values or not all(0 <= t <= top for t in stops):
             raise ValueError(f"timesteps must be integers from {top} to 0; got {values}.")
-        if any(b >= a for a, b in zip(stops, stops[1:], strict=False)):
+        if any(b >= a for a, b in pairwise(stops)):
             raise ValueError(f"timesteps must decrease strictly; got {stops}.")
         off = [t for t in stops if t not in self.grid.timesteps]
         if off:
@@ -256,9 +260,7 @@ class PCMScheduler(SchedulerMixin, ConfigMixin):
             )
         return stops
 
-    def index_for_timestep(
-        self, timestep: int | torch.Tensor, schedule_timesteps: torch.Tensor | None = None
-    ) -> int:
+    def index_for_timestep(self, timestep: int | torch.Tensor, schedule_timesteps: torch.Tensor | None = None) -> int:
         """
         Find a timestep among the stops.
 
@@ -340,15 +342,18 @@ class PCMScheduler(SchedulerMixin, ConfigMixin):
         if not self._warned_eta and self.grid.num_phases > 1:
             self._warned_eta = True
             warnings.warn(
-                f"eta={eta} re-noises a predicted x_0, which with {self.grid.num_phases} phases is the end of the ODE in the last "
-                "phase only; eta=0 is what phased adapters are trained for.",
+                f"eta={eta} re-noises a predicted x_0, which with {self.grid.num_phases} phases is the end of the ODE "
+                "in the last phase only; eta=0 is what phased adapters are trained for.",
                 stacklevel=3,
             )
 
     def _levels(self, like: torch.Tensor, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """alpha and sigma at `timesteps`, shaped to broadcast against `like`, in its dtype, on its device."""
         if like.device not in self._noising_levels:
-            self._noising_levels[like.device] = (self._alphas.to(like.device, torch.float32), self._sigmas.to(like.device, torch.float32))
+            self._noising_levels[like.device] = (
+                self._alphas.to(like.device, torch.float32),
+                self._sigmas.to(like.device, torch.float32),
+            )
         shape = (-1, *(1,) * (like.ndim - 1))
         index = timesteps.to(like.device)
         alphas, sigmas = self._noising_levels[like.device]

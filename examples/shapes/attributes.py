@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import pairwise, permutations
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from scenes import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, TEXTURES, Labels, Scene, labels
 from torch import nn
 from torch.nn import functional as F
+
+from scenes import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, TEXTURES, Labels, Scene, labels
 
 CLASSIFIER_FILE = Path(__file__).parent / "classifier.safetensors"
 SLOT_WIDTHS = (1, len(SHAPES), len(COLOURS), len(SIZES))
@@ -64,9 +65,13 @@ class AttributeClassifier(nn.Module):
         super().__init__()
         widths = (3, 16, 32, 64, 96)
         layers: list[nn.Module] = []
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in pairwise(widths):
             layers += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.GroupNorm(8, after), nn.SiLU()]
-        layers += [nn.Conv2d(widths[-1], self.feature_width, 3, padding=1), nn.GroupNorm(8, self.feature_width), nn.SiLU()]
+        layers += [
+            nn.Conv2d(widths[-1], self.feature_width, 3, padding=1),
+            nn.GroupNorm(8, self.feature_width),
+            nn.SiLU(),
+        ]
         self.trunk = nn.Sequential(*layers)  # (N, 64, 8, 8)
         self.where = nn.Sequential(nn.Conv2d(self.feature_width, 64, 4, stride=2, padding=1), nn.SiLU(), nn.Flatten())
         self.hidden = nn.Sequential(nn.Linear(1024, 256), nn.SiLU())

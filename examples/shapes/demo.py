@@ -1,6 +1,6 @@
 """What this project does, in two minutes on two cores: a picture, a contact sheet, a table. No download.
 
-    make demo        (or: python examples/shapes/demo.py --out outputs/demo)
+make demo        (or: python examples/shapes/demo.py --out outputs/demo)
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def main() -> None:
 
     studio, jury = Studio(), Judge()
     pcm = studio.methods["PCM"]
-    print(f"PCM and LCM adapters: {', '.join(f'{m.name} guidance {m.guidance_scale:g}, eta {m.eta:g}' for m in studio.methods.values())}")
+    for method in studio.methods.values():
+        print(f"{method.name}: guidance {method.guidance_scale:g}, eta {method.eta:g}")
     picture = studio.generate(pcm, [PROMPT], noise(1, seed=0), steps=4)[0]
     save(to_pil(picture).resize((512, 512)), args.out / "picture.png")
     print(f'"{PROMPT}", 4 steps: {args.out / "picture.png"}')
@@ -36,9 +37,7 @@ def main() -> None:
     for name, steps in runs:
         label = f"{name} {steps}"
         images[name, steps] = studio.generate(studio.methods[name], prompts, latents, steps, batch=16, progress=label)
-    sheet = contact_sheet(
-        {f"{name}, {steps} step{'s' * (steps > 1)}": images[name, steps][:SHOWN] for name, steps in runs}
-    )
+    sheet = contact_sheet({f"{name}, {steps} step{'s' * (steps > 1)}": images[name, steps][:SHOWN] for name, steps in runs})
     save(sheet, args.out / "contact_sheet.png")
     print(f"contact sheet: {args.out / 'contact_sheet.png'}\n")
 
@@ -47,7 +46,16 @@ def main() -> None:
         alignment = jury.alignment(images[name, steps], scenes)
         consistent = "" if name == "teacher" else f"{jury.consistency(images[name, 1], images[name, 16]):.3f}"
         seconds = studio.seconds_per_image(studio.methods[name], prompts, steps)
-        rows.append([name, steps, f"{alignment['shape_and_colour']:.2f}", f"{alignment['place']:.2f}", consistent, f"{seconds:.3f}"])
+        rows.append(
+            [
+                name,
+                steps,
+                f"{alignment['shape_and_colour']:.2f}",
+                f"{alignment['place']:.2f}",
+                consistent,
+                f"{seconds:.3f}",
+            ]
+        )
     headers = ["", "steps", "shape and colour", "place", "1 against 16 steps", "seconds per image"]
     print(tabulate(rows, headers=headers, disable_numparse=True))
     print(f"\n{JUDGED} held-out prompts; shares of pictures judged right; cosine between the 1-step and the 16-step picture.")

@@ -2,7 +2,7 @@
 
 Data, rank, updates, batch and the teacher's guidance are the same. The learning rate and the sampling guidance of each
 are chosen by the same small search: short runs, 4 steps, Frechet distance to the teacher. Settings are printed and
-kept in adapters/search.json. About 40 minutes on two cores.
+kept beside the adapters. About 40 minutes on two cores.
 
     python examples/shapes/distil.py
 """
@@ -15,12 +15,13 @@ import json
 from pathlib import Path
 
 from evaluate import ADAPTERS, Judge, Studio, noise, prompts_of, test_scenes
-from model import HERE, RUNS_DIR
 from write_dataset import write_dataset
 
 from lora_training.config import TrainConfig
 from lora_training.loop import run
 from lora_training.train import parse
+
+from model import HERE, RUNS_DIR
 
 LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 GUIDANCE_SCALES = (1.0, 1.5, 2.0)
@@ -44,7 +45,7 @@ def search(name: str, config: TrainConfig, steps: int, images: int) -> list[dict
         path = RUNS_DIR / "search" / f"{name}-{learning_rate:g}.safetensors"
         if not path.exists():
             run(with_changes(config, output=path, learning_rate=learning_rate, guidance_scale=1.0, steps=steps))
-        studio = Studio(adapters={name: path})
+        studio = Studio(adapters={name: path}, fast=True)
         for guidance_scale in GUIDANCE_SCALES:
             method = dataclasses.replace(studio.methods[name], guidance_scale=guidance_scale)
             distance = jury.frechet_to_teacher(studio.generate(method, prompts, latents, steps=4))
@@ -53,28 +54,34 @@ def search(name: str, config: TrainConfig, steps: int, images: int) -> list[dict
     return sorted(rows, key=lambda row: row["frechet"])
 
 
+def chosen(name: str, config: TrainConfig, steps: int, images: int) -> dict[str, float]:
+    """The search's best row; the search is made once and its table kept beside the adapter."""
+    path = ADAPTERS[name].with_suffix(".search.json")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(search(name, config, steps, images), indent=1) + "\n", encoding="utf-8")
+    return json.loads(path.read_text(encoding="utf-8"))[0]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=list(CONFIGS), help="default: both")
     parser.add_argument("--search-steps", type=int, default=150)
     parser.add_argument("--search-images", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=None, help="updates of the final runs; default: the configurations'")
     args = parser.parse_args()
 
-    configs = {name: parse(["--config", str(path)]) for name, path in CONFIGS.items()}
-    write_dataset(Path(configs["PCM"].data.folder), 8192)
-    found = {name: search(name, config, args.search_steps, args.search_images) for name, config in configs.items()}
-    (HERE / "adapters").mkdir(exist_ok=True)
-    (HERE / "adapters" / "search.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    for name, config in configs.items():
-        best = found[name][0]
-        print(f"{name}: learning rate {best['learning_rate']:g}, sampling guidance {best['guidance_scale']:g}")
+    for name in [args.only] if args.only else CONFIGS:
+        config = parse(["--config", str(CONFIGS[name])])
+        write_dataset(Path(config.data.folder), 8192)
+        best = chosen(name, config, args.search_steps, args.search_images)
+        print(f"{name}: learning rate {best['learning_rate']:g}, sampling guidance {best['guidance_scale']:g}", flush=True)
         run(
             with_changes(
                 config,
                 output=ADAPTERS[name],
                 learning_rate=best["learning_rate"],
                 guidance_scale=best["guidance_scale"],
-                steps=args.steps or config.optimizer.steps,
+                steps=config.optimizer.steps,
             )
         )
 

@@ -8,17 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from attributes import AttributeClassifier, judge, load_classifier, rates
 from diffusers import StableDiffusionPipeline
-from model import HERE, MODEL_DIR, build_scheduler, load_pipeline
 from safetensors.torch import load_file
-from scenes import Scene, caption, sample_scene
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
 
 from lora_training.cpu import keep_freed_memory
 from pcm_scheduler import load_pcm_lora
+
+from attributes import AttributeClassifier, judge, load_classifier, rates
+from model import HERE, MODEL_DIR, build_scheduler, load_pipeline
+from scenes import Scene, caption, sample_scene
 
 ADAPTERS = {"PCM": HERE / "adapters" / "pcm_4phase.safetensors", "LCM": HERE / "adapters" / "lcm.safetensors"}
 TEACHER_STATISTICS = HERE / "teacher_statistics.safetensors"
@@ -52,15 +53,38 @@ class Method:
     eta: float = 0.0
 
 
-class Studio:
-    """The shapes pipeline with every adapter loaded, switched between methods."""
+def _in_bfloat16(unet: nn.Module) -> None:
+    """Autocast inside, float32 outside: guidance and the scheduler keep their precision."""
+    forward = unet.forward
 
-    def __init__(self, adapters: dict[str, Path] = ADAPTERS, model: Path = MODEL_DIR):
+    def autocast_forward(*args, **kwargs):
+        with torch.autocast("cpu", torch.bfloat16):
+            (output,) = forward(*args, **{**kwargs, "return_dict": False})
+        return (output.float(),)
+
+    unet.forward = autocast_forward
+
+
+class Studio:
+    """The shapes pipeline with every adapter loaded, switched between methods.
+
+    Args:
+        adapters: name -> file.
+        model: the pipeline's folder.
+        fast: run the UNet in bfloat16, about twice as fast on CPUs; for measurements over thousands of pictures.
+    """
+
+    def __init__(self, adapters: dict[str, Path] = ADAPTERS, model: Path = MODEL_DIR, fast: bool = False):
         keep_freed_memory()
         self.pipe: StableDiffusionPipeline = load_pipeline(model)
         self.pipe.set_progress_bar_config(disable=True)
+        if fast:
+            _in_bfloat16(self.pipe.unet)
         self.adapters = adapters
-        self.methods, self.schedulers = {"teacher": Method("teacher", TEACHER_GUIDANCE)}, {"teacher": build_scheduler()}
+        self.methods, self.schedulers = (
+            {"teacher": Method("teacher", TEACHER_GUIDANCE)},
+            {"teacher": build_scheduler()},
+        )
         for name, path in adapters.items():
             settings = load_pcm_lora(self.pipe, path, adapter_name=name)
             self.methods[name] = Method(name, settings.guidance_scale, settings.eta)

@@ -1,6 +1,6 @@
 """Measure the shipped adapters against the teacher; writes docs/results.md and docs/contact_sheet.png. About 15 minutes.
 
-    make measure        (or: python examples/shapes/measure.py)
+make measure        (or: python examples/shapes/measure.py)
 """
 
 from __future__ import annotations
@@ -9,11 +9,23 @@ import argparse
 import json
 from pathlib import Path
 
-from evaluate import STEPS, TEACHER_GUIDANCE, TEACHER_STATISTICS, TEACHER_STEPS, Judge, Studio, noise, prompts_of, test_scenes
-from model import HERE
+from evaluate import (
+    ADAPTERS,
+    STEPS,
+    TEACHER_GUIDANCE,
+    TEACHER_STATISTICS,
+    TEACHER_STEPS,
+    Judge,
+    Studio,
+    noise,
+    prompts_of,
+    test_scenes,
+)
 from pictures import contact_sheet, save
 from safetensors import safe_open
 from tabulate import tabulate
+
+from model import HERE
 
 DOCS = HERE.parent.parent / "docs"
 SHOWN = 9
@@ -22,8 +34,18 @@ SHOWN = 9
 def report(rows: list[list[str]], consistency: dict[str, float], images: int, teacher: dict[str, str], search: dict) -> str:
     """docs/results.md."""
     chosen = {name: found[0] for name, found in search.items()}
-    settings = "; ".join(f"{name} learning rate {b['learning_rate']:g}, sampling guidance {b['guidance_scale']:g}" for name, b in chosen.items())
-    headers = ["method", "steps", "Frechet distance x 1000", "shape and colour", "place", "background", "seconds per image"]
+    settings = "; ".join(
+        f"{name} learning rate {b['learning_rate']:g}, sampling guidance {b['guidance_scale']:g}" for name, b in chosen.items()
+    )
+    headers = [
+        "method",
+        "steps",
+        "Frechet distance x 1000",
+        "shape and colour",
+        "place",
+        "background",
+        "seconds per image",
+    ]
     return f"""# Results on the shapes model
 
 Written by `examples/shapes/measure.py` (`make measure`); no figure is typed by hand. They are of a small model on drawn scenes
@@ -31,9 +53,12 @@ and say nothing about Stable Diffusion.
 
 One 4-phase PCM adapter at every step count against an LCM adapter (one phase, stochastic) distilled on the same data with the
 same rank, updates and guidance. Learning rate and sampling guidance of each by the same search: {settings}.
-{images} pictures a row, held-out prompts. Frechet distance in the attribute classifier's 64 averaged channels to the teacher's
-pictures of the same prompts from other noise ({TEACHER_STEPS} DDIM steps, guidance {TEACHER_GUIDANCE:g}). The teacher against itself, the floor, is at
-**{float(teacher["floor"]):.2f}**; plain DDIM with 8 steps at **{float(teacher["ddim8"]):.2f}**.
+    settings = "; ".join(
+        f"{name} learning rate {best["learning_rate"]:g}, sampling guidance {best["guidance_scale"]:g}" for name, best in chosen.items()
+    )
+pictures of the same prompts from other noise ({TEACHER_STEPS} DDIM steps, guidance {TEACHER_GUIDANCE:g}).
+The teacher against itself, the floor, is at **{float(teacher["floor"]):.2f}**; plain DDIM with 8 steps at
+**{float(teacher["ddim8"]):.2f}**.
 
 {tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)}
 
@@ -50,7 +75,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=DOCS)
     args = parser.parse_args()
 
-    studio, jury = Studio(), Judge()
+    studio, jury = Studio(fast=True), Judge()
     scenes = test_scenes(args.images)
     prompts, latents = prompts_of(scenes), noise(args.images, seed=2)
     rows, consistency, shown = [], {}, {}
@@ -67,11 +92,13 @@ def main() -> None:
             if steps in (STEPS[0], STEPS[-1]):
                 ends[steps] = images
         consistency[name] = jury.consistency(ends[STEPS[0]], ends[STEPS[-1]])
-    shown[f"teacher, {TEACHER_STEPS} steps"] = studio.generate(studio.methods["teacher"], prompts[:SHOWN], latents[:SHOWN], TEACHER_STEPS)
+    shown[f"teacher, {TEACHER_STEPS} steps"] = studio.generate(
+        studio.methods["teacher"], prompts[:SHOWN], latents[:SHOWN], TEACHER_STEPS
+    )
     save(contact_sheet(shown), args.out / "contact_sheet.png")
     with safe_open(TEACHER_STATISTICS, framework="pt") as file:
         teacher = file.metadata()
-    search = json.loads((HERE / "adapters" / "search.json").read_text(encoding="utf-8"))
+    search = {name: json.loads(path.with_suffix(".search.json").read_text(encoding="utf-8")) for name, path in ADAPTERS.items()}
     (args.out / "results.md").write_text(report(rows, consistency, args.images, teacher, search), encoding="utf-8")
 
 

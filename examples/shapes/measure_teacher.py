@@ -1,6 +1,6 @@
 """Measure the shapes model itself; writes the teacher's statistics and MODEL_CARD.md. About half an hour on two cores.
 
-    python examples/shapes/measure_teacher.py
+python examples/shapes/measure_teacher.py
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import argparse
 import json
 
 import torch
-from attributes import CLASSIFIER_FILE
 from evaluate import (
     TEACHER_GUIDANCE,
     TEACHER_STATISTICS,
@@ -21,12 +20,14 @@ from evaluate import (
     teacher_state,
     test_scenes,
 )
-from model import HERE, MODEL_DIR, RUNS_DIR
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tabulate import tabulate
 
 from pcm_scheduler.lora_file import write_safetensors
+
+from attributes import CLASSIFIER_FILE
+from model import HERE, MODEL_DIR, RUNS_DIR
 
 REFERENCE_NOISE, OTHER_NOISE = 1, 2
 CARD = HERE / "MODEL_CARD.md"
@@ -54,14 +55,19 @@ def card(alignment: dict[str, float], floor: float, ddim8: float, images: int, j
     with safe_open(CLASSIFIER_FILE, framework="pt") as file:
         accuracy = {k.removeprefix("accuracy."): float(v) for k, v in file.metadata().items()}
     megabytes = sum(p.stat().st_size for p in MODEL_DIR.rglob("*") if p.is_file()) / 1e6
+    judge = ", ".join(f"{name} {100 * value:.1f}%" for name, value in accuracy.items())
+    distances = [
+        ["teacher against itself, other noise (the floor)", f"{floor:.2f}"],
+        ["plain DDIM, 8 steps", f"{ddim8:.2f}"],
+    ]
     rows = [[NAMES[k], f"{100 * v:.1f}%", f"{100 * BARS[k]:.0f}%" if k in BARS else ""] for k, v in alignment.items()]
     return f"""# Shapes: a latent diffusion model small enough to ship
 
-A `StableDiffusionPipeline` in diffusers' own folder format ({megabytes:.1f} MB, fp16): AutoencoderKL (8x, 4 channels), CLIP text
-encoder and tokenizer with a vocabulary learned from the caption grammar, UNet2DConditionModel with cross attention, epsilon
-prediction, scaled_linear betas. It draws one or two of eight shapes in eight colours, three sizes and nine places on six
-backgrounds in four textures, at 128 x 128 pixels, from captions such as *"a large red star at the top left and a small
-blue ring in the bottom right corner on a dotted mint background"*.
+A `StableDiffusionPipeline` in diffusers' own folder format ({megabytes:.1f} MB, fp16): AutoencoderKL (8x, 4 channels),
+CLIP text encoder and tokenizer with a vocabulary learned from the caption grammar, UNet2DConditionModel with cross
+attention, epsilon prediction, scaled_linear betas. It draws one or two of eight shapes in eight colours, three sizes and
+nine places on six backgrounds in four textures, at 128 x 128 pixels, from captions such as *"a large red star at the top
+left and a small blue ring in the bottom right corner on a dotted mint background"*.
 
 It was trained by `make shapes` from a seed on procedurally drawn scenes; no other data. Eight of the 64 pairs of shape and
 colour were never drawn in training. It is a test bench for few-step sampling and nothing more.
@@ -70,18 +76,19 @@ Written by `examples/shapes/measure_teacher.py`; every figure below was measured
 
 ## Alignment
 
-{TEACHER_STEPS} DDIM steps, guidance {TEACHER_GUIDANCE:g}, {judged} held-out prompts, half of which name a pair of shape and colour never
-seen in training; judged by the attribute classifier.
+{TEACHER_STEPS} DDIM steps, guidance {TEACHER_GUIDANCE:g}, {judged} held-out prompts, half of which name a pair of shape and
+colour never seen in training; judged by the attribute classifier. UNet in bfloat16, here and below.
 
 {tabulate(rows, headers=["right", "measured", "asked for"], tablefmt="github", disable_numparse=True)}
 
-The classifier itself, on 2,048 held-out renders: {", ".join(f"{name} {100 * value:.1f}%" for name, value in accuracy.items())}.
+The classifier itself, on 2,048 held-out renders: {judge}.
 
 ## Few steps are hard
 
-Frechet distance x 1000 in the classifier's 64 averaged channels, {images} pictures, to the teacher's pictures of the same prompts:
+Frechet distance x 1000 in the classifier's 64 averaged channels, {images} pictures, to the teacher's pictures of the same
+prompts:
 
-{tabulate([["teacher against itself, other noise (the floor)", f"{floor:.2f}"], ["plain DDIM, 8 steps", f"{ddim8:.2f}"]], headers=["", "distance"], tablefmt="github", disable_numparse=True)}
+{tabulate(distances, headers=["", "distance"], tablefmt="github", disable_numparse=True)}
 """
 
 
@@ -98,10 +105,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=2048)
     parser.add_argument("--judged", type=int, default=512)
-    parser.add_argument("--draw", type=int, metavar="SEED", help="only draw the 50-step pictures of this noise, 1 or 2, and stop")
+    parser.add_argument(
+        "--draw", type=int, metavar="SEED", help="only draw the 50-step pictures of this noise, 1 or 2, and stop"
+    )
     args = parser.parse_args()
 
-    studio = Studio(adapters={})
+    studio = Studio(adapters={}, fast=True)
     scenes = test_scenes(args.images)
     prompts = prompts_of(scenes)
     if args.draw is not None:
@@ -121,7 +130,9 @@ def main() -> None:
     floor = jury.frechet_to_teacher(pictures(studio, prompts, OTHER_NOISE, TEACHER_STEPS))
     print(f"floor: {floor:.2f}", flush=True)
     write_safetensors(
-        teacher_state(metric), TEACHER_STATISTICS, {"images": str(args.images), "floor": f"{floor:.4f}", "ddim8": f"{ddim8:.4f}"}
+        teacher_state(metric),
+        TEACHER_STATISTICS,
+        {"images": str(args.images), "floor": f"{floor:.4f}", "ddim8": f"{ddim8:.4f}"},
     )
     CARD.write_text(card(alignment, floor, ddim8, args.images, args.judged), encoding="utf-8")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -94,9 +94,7 @@ def sample_scene(seed: int, index: int, held_out: bool = False) -> Scene:
         held_out: False never draws a held-out (shape, colour) pair; True makes the first object one.
     """
     rng = np.random.default_rng((seed, index))
-    places = (
-        OPPOSITE_PLACES[rng.integers(4)] if rng.random() < 0.5 else (list(PLACES)[rng.integers(len(PLACES))],)
-    )
+    places = OPPOSITE_PLACES[rng.integers(4)] if rng.random() < 0.5 else (list(PLACES)[rng.integers(len(PLACES))],)
     if len(places) == 2 and rng.random() < 0.5:
         places = places[::-1]
     pairs = [(s, c) for s in SHAPES for c in COLOURS if (s, c) not in HELD_OUT]
@@ -211,15 +209,15 @@ POLYGONS = {  # unit radius, y down
     "triangle": _regular_points(3, (1.0,)) + np.array([0.0, 0.12]),
     "star": _regular_points(10, (1.0, 0.42)),
     "heart": _heart_points(),
-    "cross": np.array(
-        [(-_A, -1), (_A, -1), (_A, -_A), (1, -_A), (1, _A), (_A, _A), (_A, 1), (-_A, 1), (-_A, _A), (-1, _A), (-1, -_A), (-_A, -_A)]
-    )
-    * 0.95,
+    "cross": 0.95 * np.array(
+        [(-_A, -1), (_A, -1), (_A, -_A), (1, -_A), (1, _A), (_A, _A),
+         (_A, 1), (-_A, 1), (-_A, _A), (-1, _A), (-1, -_A), (-_A, -_A)]
+    ),
 }  # fmt: skip
 
 
 def _polygon_distance(points: torch.Tensor, vertices: torch.Tensor) -> torch.Tensor:
-    """Signed distance (negative inside) of points (..., 2) to a closed polygon (V, 2): nearest edge, sign by crossing number."""
+    """Signed distance, negative inside, of points (..., 2) to a closed polygon (V, 2); the sign by crossing number."""
     a, b = vertices, vertices.roll(-1, dims=0)
     nearest = torch.full(points.shape[:-1], math.inf)
     inside = torch.zeros(points.shape[:-1], dtype=torch.bool)
@@ -317,12 +315,6 @@ def object_masks(scenes: Sequence[Scene], size: int = IMAGE_SIZE) -> torch.Tenso
             rows, columns, coverage, _ = _cover(obj, xy)
             mask[0, rows, columns] = torch.maximum(mask[0, rows, columns], coverage)
     return masks
-
-
-def plain(scene: Scene) -> Scene:
-    """The scene without jitter: the drawing that its names alone describe."""
-    objects = tuple(Object(o.shape, o.colour, o.size, o.place) for o in scene.objects)
-    return replace(Scene(objects, scene.background, scene.texture))
 
 
 # ---------------------------------------------------------------------------------------------- labels

@@ -12,13 +12,13 @@ import argparse
 
 import torch
 from diffusers import AutoencoderKL
-from model import RUNS_DIR, build_autoencoder
-from scenes import object_masks, render, sample_scene
-from torch.nn import functional as F
 from tqdm import tqdm
-from training import train
 
 from lora_training.cpu import keep_freed_memory
+
+from model import RUNS_DIR, build_autoencoder
+from scenes import object_masks, render, sample_scene
+from training import train
 
 TRAIN_SEED = 1
 CROP = 64
@@ -97,7 +97,10 @@ def main() -> None:
         weight = 1 + OBJECT_WEIGHT * crops(masks, corners, which)
         return loss(crops(images, corners, which) * 2 - 1, lambda e: reconstruction_loss(e, weight), generator)
 
-    for name, steps, stage in (("texture", args.texture_steps, texture_loss), ("object", args.object_steps, object_loss)):
+    for name, steps, stage in (
+        ("texture", args.texture_steps, texture_loss),
+        ("object", args.object_steps, object_loss),
+    ):
         checkpoint = RUNS_DIR / f"autoencoder-{name}.safetensors"
         train(vae, stage, steps=steps, peak_learning_rate=args.learning_rate, checkpoint=checkpoint)
 

@@ -1,6 +1,6 @@
 """Train the attribute classifier on rendered scenes and check it on held-out ones; about six minutes on two cores.
 
-    python examples/shapes/train_classifier.py
+python examples/shapes/train_classifier.py
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ import argparse
 import dataclasses
 
 import torch
-from attributes import CLASSIFIER_FILE, AttributeClassifier, attribute_loss
-from model import RUNS_DIR
-from scenes import Labels, labels, render, sample_scene
 from torch.nn import functional as F
 from tqdm import tqdm
-from training import train
 
 from lora_training.cpu import keep_freed_memory
 from pcm_scheduler.lora_file import write_safetensors
+
+from attributes import CLASSIFIER_FILE, AttributeClassifier, attribute_loss
+from model import RUNS_DIR
+from scenes import Labels, labels, render, sample_scene
+from training import train
 
 TRAIN_SEED, TEST_SEED = 2, 102
 
@@ -48,7 +49,7 @@ def accuracy(classifier: AttributeClassifier, images: torch.Tensor, truth: Label
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--scenes", type=int, default=16384)
     args = parser.parse_args()

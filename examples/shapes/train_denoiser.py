@@ -12,18 +12,19 @@ import argparse
 
 import numpy as np
 import torch
-from attributes import AttributeHeads, attribute_loss
 from diffusers import AutoencoderKL, StableDiffusionPipeline
-from model import RUNS_DIR, build_scheduler, build_text_encoder, build_tokenizer, build_unet
 from safetensors.torch import load_file
-from scenes import all_wordings, caption, labels, render, sample_scene
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
-from training import train
 
 from lora_training.cpu import keep_freed_memory, use_plain_attention
 from pcm_scheduler.lora_file import write_safetensors
+
+from attributes import AttributeHeads, attribute_loss
+from model import RUNS_DIR, build_scheduler, build_text_encoder, build_tokenizer, build_unet
+from scenes import all_wordings, caption, labels, render, sample_scene
+from training import train
 
 TRAIN_SEED = 1
 OMIT = 0.12  # each of size, place, background is left unsaid this often
@@ -32,7 +33,7 @@ CAPTION_DROPOUT = 0.1  # for classifier-free guidance
 
 @torch.no_grad()
 def cached_moments(vae: AutoencoderKL, count: int) -> dict[str, torch.Tensor]:
-    """Mean and standard deviation of the latents of `count` training scenes, (count, 4, 16, 16) each, fp16, from disk if there."""
+    """Mean and standard deviation of the latents of `count` scenes, (count, 4, 16, 16) each, fp16; from disk if there."""
     path = RUNS_DIR / f"moments-{count}.safetensors"
     if not path.exists():
         parts: dict[str, list[torch.Tensor]] = {"mean": [], "std": []}
@@ -87,7 +88,13 @@ def main() -> None:
         pooled = text_encoder(tokens(which, generator, dropout=0.0)).pooler_output
         return attribute_loss(reader.heads(pooled), labels([scenes[i] for i in which]))
 
-    train(reader, reading_loss, steps=args.reading_steps, peak_learning_rate=1e-3, checkpoint=RUNS_DIR / "reader.safetensors")
+    train(
+        reader,
+        reading_loss,
+        steps=args.reading_steps,
+        peak_learning_rate=1e-3,
+        checkpoint=RUNS_DIR / "reader.safetensors",
+    )
 
     def denoising_loss(generator: torch.Generator) -> torch.Tensor:
         which = torch.randint(len(scenes), (args.batch,), generator=generator)

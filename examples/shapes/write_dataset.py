@@ -1,6 +1,6 @@
 """Write shapes scenes as a folder of captioned pictures: what the trainer and tests of real loaders read.
 
-    python examples/shapes/write_dataset.py outputs/shapes_data --count 8192
+python examples/shapes/write_dataset.py outputs/shapes_data --count 8192
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from scenes import caption, render, sample_scene
 from tqdm import tqdm
+
+from scenes import caption, render, sample_scene
 
 TRAIN_SEED = 1
 

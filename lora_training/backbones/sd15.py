@@ -62,7 +62,11 @@ class StableDiffusion15:
     def encode_prompts(self, prompts: Sequence[str]) -> torch.Tensor:
         """Text embeddings (N, tokens, width)."""
         ids = self.tokenizer(
-            list(prompts), padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True, return_tensors="pt"
+            list(prompts),
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
         ).input_ids
         return self.text_encoder(ids.to(self.text_encoder.device)).last_hidden_state
 

@@ -47,7 +47,9 @@ def load_image(path: Path, resolution: int) -> torch.Tensor:
     """
     try:
         with Image.open(path) as file:
-            image = ImageOps.fit(ImageOps.exif_transpose(file).convert("RGB"), (resolution, resolution), Image.Resampling.LANCZOS)
+            image = ImageOps.fit(
+                ImageOps.exif_transpose(file).convert("RGB"), (resolution, resolution), Image.Resampling.LANCZOS
+            )
     except (UnidentifiedImageError, OSError) as error:
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1

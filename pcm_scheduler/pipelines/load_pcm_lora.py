@@ -23,7 +23,9 @@ def _local_file(adapter: str, weight_name: str | None) -> Path:
             raise ValueError(f"{adapter} holds {len(names)} safetensors files; name one with weight_name: {names}.")
         return path / (weight_name or names[0])
     if weight_name is None:
-        raise ValueError(f"{adapter} is not a file here. For an adapter on the hub, pass weight_name, the file in that repository.")
+        raise ValueError(
+            f"{adapter} is not a file here. For an adapter on the hub, pass weight_name, the file in that repository."
+        )
     from huggingface_hub import hf_hub_download
 
     return Path(hf_hub_download(adapter, weight_name))

@@ -20,10 +20,11 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionXLImg2ImgPipeline,
 )
-from model import MODEL_DIR, load_pipeline
 from PIL import Image
 
 from pcm_scheduler import PCMScheduler
+
+from model import MODEL_DIR, load_pipeline
 
 
 @pytest.fixture
@@ -66,7 +67,14 @@ def test_text_to_image_equals_a_plain_loop_over_the_network(pipe):
 def test_steps_guidance_and_batches(pipe, steps, guidance_scale):
     prompts = ["a red star", "a blue ring on the left"]
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
-    both = call(pipe, prompt=prompts, negative_prompt=["", "red"], num_inference_steps=steps, guidance_scale=guidance_scale, generator=generators)
+    both = call(
+        pipe,
+        prompt=prompts,
+        negative_prompt=["", "red"],
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        generator=generators,
+    )
     alone = call(
         pipe, prompt=prompts[1], negative_prompt="red", num_inference_steps=steps,
         guidance_scale=guidance_scale, generator=torch.Generator().manual_seed(1),
@@ -126,7 +134,14 @@ def test_inpaint_changes_only_the_mask_in_latents(pipe):
     paint.set_progress_bar_config(disable=True)
     mask = Image.fromarray(np.pad(np.full((128, 64), 255, np.uint8), ((0, 0), (64, 0))))
     image = Image.new("RGB", (128, 128), (150, 205, 240))
-    latents = call(paint, image=image, mask_image=mask, strength=1.0, output_type="latent", generator=torch.Generator().manual_seed(0))
+    latents = call(
+        paint,
+        image=image,
+        mask_image=mask,
+        strength=1.0,
+        output_type="latent",
+        generator=torch.Generator().manual_seed(0),
+    )
     pixels = pipe.image_processor.preprocess(image)
     known = pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
     left = (latents - known)[..., :7].abs().mean()
@@ -169,7 +184,9 @@ def test_animatediff_with_linear_betas():
     scheduler = DDIMScheduler(beta_schedule="linear", clip_sample=False, steps_offset=1)
     pipe = AnimateDiffPipeline(**tiny_models.motion_parts(), scheduler=PCMScheduler.from_config(scheduler.config, num_phases=2))
     pipe.set_progress_bar_config(disable=True)
-    frames = pipe("a cat", num_frames=4, height=16, width=16, num_inference_steps=3, guidance_scale=2.0, output_type="pt").frames
+    frames = pipe(
+        "a cat", num_frames=4, height=16, width=16, num_inference_steps=3, guidance_scale=2.0, output_type="pt"
+    ).frames
     assert frames.shape == (1, 4, 3, 16, 16)
     assert torch.equal(pipe.scheduler.alphas_cumprod, scheduler.alphas_cumprod)
 
@@ -196,9 +213,15 @@ def test_ip_adapter(pipe):
 def test_a_saved_pipeline_loads_after_one_import(pipe, tmp_path):
     """diffusers imports no outside class that a folder names, unless the program has imported it already."""
     pipe.save_pretrained(tmp_path)
-    load = f"from diffusers import DiffusionPipeline; p = DiffusionPipeline.from_pretrained({str(tmp_path)!r}); print(type(p.scheduler).__name__, p.scheduler.grid.num_phases)"
+    load = (
+        f"from diffusers import DiffusionPipeline; s = DiffusionPipeline.from_pretrained({str(tmp_path)!r}).scheduler; "
+        "print(type(s).__name__, s.grid.num_phases)"
+    )
     documented = subprocess.run(
-        [sys.executable, "-c", f"from pcm_scheduler import PCMScheduler; {load}"], capture_output=True, text=True, check=True
+        [sys.executable, "-c", f"from pcm_scheduler import PCMScheduler; {load}"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert documented.stdout.strip() == "PCMScheduler 4"
 

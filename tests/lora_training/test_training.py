@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from model import MODEL_DIR, load_pipeline
 from safetensors.torch import load_file
 from write_dataset import write_dataset
 
@@ -30,6 +29,8 @@ from lora_training.teacher import ddim_step
 from lora_training.train import parse
 from pcm_scheduler import load_pcm_lora, read_settings
 from pcm_scheduler.phases import PhaseGrid
+
+from model import MODEL_DIR, load_pipeline
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -210,7 +211,8 @@ def test_the_command_line_refuses_by_name(arguments, says, capsys):
 def test_accelerate_launches_the_script_with_the_shipped_configuration(pictures, tmp_path):
     output = tmp_path / "adapter.safetensors"
     command = [
-        sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "1", "--num_machines", "1",
+        sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu",
+        "--num_processes", "1", "--num_machines", "1",
         "--mixed_precision", "no", "--dynamo_backend", "no", "lora_training/train.py",
         "--config", "examples/shapes/configs/pcm_4phase.yaml", "--data.folder", str(pictures), "--data.cache", str(tmp_path),
         "--optimizer.steps", "2", "--optimizer.batch_size", "2", "--lora.rank", "2", "--output", str(output),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from model import build_unet, load_pipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
@@ -14,6 +13,8 @@ from lora_training.config import PCM_TARGET_MODULES
 from pcm_scheduler import AdapterSettings, load_pcm_lora, read_settings
 from pcm_scheduler.lora_file import published_settings, write_adapter
 from pcm_scheduler.phases import PhaseGrid
+
+from model import build_unet, load_pipeline
 
 SETTINGS = AdapterSettings("sd15", PhaseGrid.even(4).edges, 50, training_guidance_scale=5.0, num_inference_steps=4)
 RANK, ALPHA = 4, 2.0
@@ -115,7 +116,11 @@ def test_malformed_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_settings(tmp_path / "missing.safetensors")
     lying = tmp_path / "lying.safetensors"
-    save_file({"x": torch.zeros(1)}, lying, {"pcm.base_model": "sd15", "pcm.phase_edges": "0,250,999", "pcm.num_solver_steps": "50"})
+    save_file(
+        {"x": torch.zeros(1)},
+        lying,
+        {"pcm.base_model": "sd15", "pcm.phase_edges": "0,250,999", "pcm.num_solver_steps": "50"},
+    )
     with pytest.raises(ValueError, match="239 or 259"):
         read_settings(lying)
     save_file({"x": torch.zeros(1)}, lying, {"pcm.base_model": "sd15", "pcm.phase_edges": "0,abc"})

@@ -59,7 +59,11 @@ def test_every_grid_keeps_the_alignment_rule(n):
     phases = range(1, n + 1) if n <= 125 else (1, 2, 3, 4, 7, 8, 16, 50, 99, n // 2, n // 2 + 1, n - 1, n)
     for m in phases:
         grid = PhaseGrid.even(m, n)
-        steps = range(1, n + 1) if n <= 50 else sorted({1, 2, 3, m - 1, m, m + 1, 2 * m, 2 * m + 1, n // 3, n - 1, n} & set(range(1, n + 1)))
+        steps = (
+            range(1, n + 1)
+            if n <= 50
+            else sorted({1, 2, 3, m - 1, m, m + 1, 2 * m, 2 * m + 1, n // 3, n - 1, n} & set(range(1, n + 1)))
+        )
         for k in steps:
             check_alignment(grid, k, n, grid.stops(k))
 

@@ -93,7 +93,7 @@ def test_both_coordinates_make_the_same_picture_with_noise_too():
         ends.append(
             sample_phased(
                 ideal_denoiser(grid, 6, alphas, sigmas, "epsilon"), x, alphas, sigmas, eta=0.5,
-                noise_sampler=lambda sigma, next_sigma: torch.randn(8, 2, dtype=torch.float64, generator=generator),
+                noise_sampler=lambda *_, g=generator: torch.randn(8, 2, dtype=torch.float64, generator=g),
             )
         )  # fmt: skip
     torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-6)

@@ -161,7 +161,15 @@ def test_strength_keeps_all_steps_below_it():
 
 @pytest.mark.parametrize(
     "cls",
-    [DDIMScheduler, DDPMScheduler, PNDMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler, LCMScheduler, TCDScheduler],
+    [
+        DDIMScheduler,
+        DDPMScheduler,
+        PNDMScheduler,
+        EulerDiscreteScheduler,
+        DPMSolverMultistepScheduler,
+        LCMScheduler,
+        TCDScheduler,
+    ],
 )
 @pytest.mark.parametrize("kwargs", [{"beta_schedule": "linear"}, {}, SD_BETAS | {"prediction_type": "v_prediction"}])
 @pytest.mark.parametrize("via", ["memory", "disk"])

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from attributes import AttributeHeads, attribute_loss, judge, load_classifier
 from evaluate import ADAPTERS, Judge, Studio, noise, prompts_of, test_scenes
+from write_dataset import write_dataset
+
+from attributes import AttributeHeads, attribute_loss, judge, load_classifier
 from model import load_pipeline
 from scenes import (
     COLOURS,
@@ -22,7 +24,6 @@ from scenes import (
     sample_scene,
     shape_distance,
 )
-from write_dataset import write_dataset
 
 held_out_scenes = test_scenes  # not a test, whatever its name says
 del test_scenes
@@ -84,7 +85,9 @@ def test_drawings_scale():
 
 
 def test_labels_agree_with_scenes():
-    scene = Scene((Object("star", "blue", "small", "top left"), Object("ring", "red", "large", "bottom right")), "tan", "dotted")
+    scene = Scene(
+        (Object("star", "blue", "small", "top left"), Object("ring", "red", "large", "bottom right")), "tan", "dotted"
+    )
     truth = labels([scene])
     assert truth.shape[0].tolist() == [SHAPES.index("star"), *[-1] * 7, SHAPES.index("ring")]
     assert truth.texture.item() == 3
@@ -146,7 +149,8 @@ def test_few_steps_need_the_adapter(studio):
     scenes = held_out_scenes(64)
     prompts, latents, jury = prompts_of(scenes), noise(64, seed=9), Judge()
     distance = {
-        name: jury.frechet_to_teacher(studio.generate(studio.methods[name], prompts, latents, steps=2)) for name in ("PCM", "teacher")
+        name: jury.frechet_to_teacher(studio.generate(studio.methods[name], prompts, latents, steps=2))
+        for name in ("PCM", "teacher")
     }
     assert distance["PCM"] < distance["teacher"], distance
 
