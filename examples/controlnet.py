@@ -35,9 +35,9 @@ parser.add_argument("--out", type=Path, default=Path("outputs/controlnet.png"))
 args = parser.parse_args()
 
 device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
-base = AutoPipelineForText2Image.from_pretrained(args.model, torch_dtype=dtype)
+base = AutoPipelineForText2Image.from_pretrained(args.model, dtype=dtype)
 controlnet = (
-    ControlNetModel.from_pretrained(args.controlnet, torch_dtype=dtype)
+    ControlNetModel.from_pretrained(args.controlnet, dtype=dtype)
     if args.controlnet
     else ControlNetModel.from_unet(base.unet).to(dtype)
 )

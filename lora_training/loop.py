@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
 from tqdm import tqdm
 
@@ -19,7 +18,7 @@ from pcm_scheduler.lora_file import AdapterSettings, write_adapter
 
 from .backbones import StableDiffusion15, load_backbone
 from .checkpoint import load_checkpoint, save_checkpoint
-from .config import TrainConfig
+from .config import OptimizerConfig, TrainConfig
 from .cpu import keep_freed_memory, use_plain_attention
 from .data.latent_cache import TrainingData, load_training_data
 from .objectives import ConsistencyObjective
@@ -55,18 +54,10 @@ def run(config: TrainConfig) -> Path:
     parameters = backbone.add_adapter(config.lora, config.seed)
     cast_training_params(backbone.unet, dtype=torch.float32)
     optimizer = torch.optim.AdamW(parameters, lr=config.optimizer.learning_rate, weight_decay=config.optimizer.weight_decay)
-    schedule = get_scheduler(
-        "cosine" if config.optimizer.schedule == "cosine" else "constant_with_warmup",
-        optimizer,
-        num_warmup_steps=config.optimizer.warmup_steps,
-        num_training_steps=config.optimizer.steps,
-    )
     optimizer = accelerator.prepare(optimizer)  # the UNet stays bare: only the adapter's gradients travel, in _average
     objective = ConsistencyObjective(backbone, grid, config.objective.guidance_scale, config.objective.huber_c)
     names = {name: p for name, p in backbone.unet.named_parameters() if p.requires_grad}
     first = load_checkpoint(checkpoint, names, optimizer.optimizer) if checkpoint.exists() else 0
-    for _ in range(first):
-        schedule.step()
 
     bar = tqdm(
         range(first, config.optimizer.steps), initial=first, total=config.optimizer.steps,
@@ -76,6 +67,9 @@ def run(config: TrainConfig) -> Path:
     for step in bar:
         generator = torch.Generator().manual_seed(_step_seed(config.seed, step, accelerator.process_index))
         latents, prompt_embeds = _batch(data, config.optimizer.batch_size, generator, accelerator.device)
+        learning_rate = _learning_rate(config.optimizer, step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
         with accelerator.autocast():
             loss = objective(latents, prompt_embeds, data.empty_embeds.to(accelerator.device, torch.float32), generator)
         optimizer.zero_grad()
@@ -83,14 +77,13 @@ def run(config: TrainConfig) -> Path:
         _average_gradients(accelerator, parameters)
         accelerator.clip_grad_norm_(parameters, config.optimizer.max_grad_norm)
         optimizer.step()
-        schedule.step()
         value = loss.item()
         if not math.isfinite(value):
             raise RuntimeError(
                 f"The loss is {value} at step {step}. Lower optimizer.learning_rate; the last good state is {checkpoint}."
             )
         smoothed = value if smoothed is None else 0.98 * smoothed + 0.02 * value
-        shown = {"loss": f"{smoothed:.4f}", "lr": f"{schedule.get_last_lr()[0]:.1e}"} | _memory()
+        shown = {"loss": f"{smoothed:.4f}", "lr": f"{learning_rate:.1e}"} | _memory()
         bar.set_postfix(shown, refresh=False)
         due = (step + 1) % config.checkpoint_every == 0 and step + 1 < config.optimizer.steps
         if due and accelerator.is_main_process:
@@ -128,6 +121,16 @@ def _average_gradients(accelerator: Accelerator, parameters: list[torch.nn.Param
     flat = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), reduction="mean")
     for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(mean.view_as(gradient))
+
+
+def _learning_rate(config: OptimizerConfig, step: int) -> float:
+    """Linear warm-up, then constant or a cosine to zero; a function of the step, so that resuming needs no state."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.learning_rate
+    progress = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def _step_seed(seed: int, step: int, process: int) -> int:

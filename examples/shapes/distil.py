@@ -67,7 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=list(CONFIGS), help="default: both")
     parser.add_argument("--search-steps", type=int, default=150)
-    parser.add_argument("--search-images", type=int, default=512)
+    parser.add_argument("--search-images", type=int, default=256)
     args = parser.parse_args()
 
     for name in [args.only] if args.only else CONFIGS:

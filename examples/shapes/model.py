@@ -85,4 +85,4 @@ def build_scheduler() -> DDIMScheduler:
 
 def load_pipeline(path: Path | str = MODEL_DIR, dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
     """The shapes pipeline from its folder."""
-    return StableDiffusionPipeline.from_pretrained(path, torch_dtype=dtype, safety_checker=None)
+    return StableDiffusionPipeline.from_pretrained(path, dtype=dtype, safety_checker=None)

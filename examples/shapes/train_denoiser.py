@@ -1,7 +1,8 @@
 """Train the shapes UNet jointly with its text encoder on cached latents, and save the pipeline; about an hour on two cores.
 
 The text encoder first learns for a few minutes to name what a caption says (as CLIP's has learned from pictures
-before Stable Diffusion sees it); then both are trained on the noise prediction alone.
+before Stable Diffusion sees it); then both are trained on the noise prediction alone. Places are decided at the highest noise
+levels, where the plain loss hardly looks, so a last stage weighs those up.
 
     python examples/shapes/train_denoiser.py
 """
@@ -9,13 +10,13 @@ before Stable Diffusion sees it); then both are trained on the noise prediction 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import load_file
 from torch import nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from lora_training.cpu import keep_freed_memory, use_plain_attention
@@ -29,6 +30,7 @@ from training import train
 TRAIN_SEED = 1
 OMIT = 0.12  # each of size, place, background is left unsaid this often
 CAPTION_DROPOUT = 0.1  # for classifier-free guidance
+LAYOUT_FROM, LAYOUT_WEIGHT = 600, 25.0  # timesteps that decide where things are, and the most that one of them weighs
 
 
 @torch.no_grad()
@@ -59,6 +61,7 @@ class CaptionReader(nn.Module):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--layout-steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1.2e-3)
     parser.add_argument("--scenes", type=int, default=20480)
@@ -96,27 +99,33 @@ def main() -> None:
         checkpoint=RUNS_DIR / "reader.safetensors",
     )
 
-    def denoising_loss(generator: torch.Generator) -> torch.Tensor:
+    def denoising_loss(generator: torch.Generator, layout: bool) -> torch.Tensor:
         which = torch.randint(len(scenes), (args.batch,), generator=generator)
         mean, std = moments["mean"][which].float(), moments["std"][which].float()
         latents = (mean + std * torch.randn(mean.shape, generator=generator)) * vae.config.scaling_factor
         noise = torch.randn(latents.shape, generator=generator)
         timesteps = torch.randint(scheduler.config.num_train_timesteps, (args.batch,), generator=generator)
+        weight = torch.ones(args.batch)
+        if layout:
+            noisiest = torch.randint(LAYOUT_FROM, scheduler.config.num_train_timesteps, (args.batch,), generator=generator)
+            timesteps = torch.where(torch.rand(args.batch, generator=generator) < 0.6, noisiest, timesteps)
+            weight = (1 / scheduler.alphas_cumprod[timesteps]).clamp(max=LAYOUT_WEIGHT)
         noisy = scheduler.add_noise(latents, noise, timesteps)
         with torch.autocast("cpu", torch.bfloat16):
             prompt_embeds = text_encoder(tokens(which.tolist(), generator, CAPTION_DROPOUT)).last_hidden_state
             predicted = unet(noisy, timesteps, prompt_embeds).sample
-        return F.mse_loss(predicted.float(), noise)
+        return (weight * (predicted.float() - noise).square().mean(dim=(1, 2, 3))).mean()
 
     denoiser = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
-    train(
-        denoiser,
-        denoising_loss,
-        steps=args.steps,
-        peak_learning_rate=args.learning_rate,
-        checkpoint=RUNS_DIR / "denoiser.safetensors",
-        seed=1,
-    )
+    for stage, steps in (("all", args.steps), ("layout", args.layout_steps)):
+        train(
+            denoiser,
+            partial(denoising_loss, layout=stage == "layout"),
+            steps=steps,
+            peak_learning_rate=args.learning_rate if stage == "all" else args.learning_rate / 1.5,
+            checkpoint=RUNS_DIR / f"denoiser-{stage}.safetensors",
+            seed=1 if stage == "all" else 2,
+        )
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder.eval(),

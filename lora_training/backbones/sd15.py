@@ -32,6 +32,7 @@ class StableDiffusion15:
         self.unet: UNet2DConditionModel = pipe.unet
         for part in (self.vae, self.text_encoder, self.unet):
             part.eval().requires_grad_(False)
+        self.adapted = False
         self.prediction_type: str = pipe.scheduler.config.prediction_type
         check_prediction_type(self.prediction_type)
         self.alphas, self.sigmas = alphas_and_sigmas(pipe.scheduler.alphas_cumprod)
@@ -40,11 +41,11 @@ class StableDiffusion15:
     def load(cls, path: str) -> StableDiffusion15:
         """From a diffusers folder, a hub id, or a single `.safetensors` checkpoint."""
         if path.endswith(".safetensors"):
-            pipe = StableDiffusionPipeline.from_single_file(path, torch_dtype=torch.float32)
+            pipe = StableDiffusionPipeline.from_single_file(path, dtype=torch.float32)
         else:
             if Path(path).exists() and not (Path(path) / "model_index.json").is_file():
                 raise ValueError(f"{path} is not a diffusers model folder: it has no model_index.json.")
-            pipe = StableDiffusionPipeline.from_pretrained(path, torch_dtype=torch.float32, safety_checker=None)
+            pipe = StableDiffusionPipeline.from_pretrained(path, dtype=torch.float32, safety_checker=None)
         return cls(pipe)
 
     @property
@@ -87,11 +88,15 @@ class StableDiffusion15:
                 ),
                 adapter_name=ADAPTER,
             )
+        self.adapted = True
         return [p for p in self.unet.parameters() if p.requires_grad]
 
     @contextmanager
     def teacher(self) -> Iterator[None]:
-        """Within it the adapter is off and `predict` is the teacher, bit for bit."""
+        """Within it the adapter, if there is one yet, is off and `predict` is the teacher, bit for bit."""
+        if not self.adapted:
+            yield
+            return
         self.unet.disable_adapters()
         try:
             yield
