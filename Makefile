@@ -21,7 +21,7 @@ demo: $(STAMP) ## pictures with the shipped model and adapters: outputs/demo
 	$(PY) examples/shapes/demo.py
 
 test: $(STAMP) lint types ## lint, types and tests
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from evaluate import STEPS, TEACHER_STEPS, Judge, Studio, noise, prompts_of, test_scenes
+from evaluate import STEPS, TEACHER_STEPS, Judge, Studio, noise, prompts_of, held_out_scenes
 from pictures import contact_sheet, save, to_pil
 from tabulate import tabulate
 
@@ -30,7 +30,7 @@ def main() -> None:
     save(to_pil(picture).resize((512, 512)), args.out / "picture.png")
     print(f'"{PROMPT}", 4 steps: {args.out / "picture.png"}')
 
-    scenes = test_scenes(JUDGED)
+    scenes = held_out_scenes(JUDGED)
     prompts, latents = prompts_of(scenes), noise(JUDGED, seed=3)
     runs = [(method, steps) for method in ("PCM", "LCM") for steps in STEPS] + [("teacher", TEACHER_STEPS)]
     images: dict[tuple[str, int], torch.Tensor] = {}

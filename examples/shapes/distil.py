@@ -14,7 +14,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from evaluate import ADAPTERS, Judge, Studio, noise, prompts_of, test_scenes
+from evaluate import ADAPTERS, Judge, Studio, noise, prompts_of, held_out_scenes
 from write_dataset import write_dataset
 
 from lora_training.config import TrainConfig
@@ -38,7 +38,7 @@ def with_changes(config: TrainConfig, *, output: Path, learning_rate: float, gui
 
 def search(name: str, config: TrainConfig, steps: int, images: int) -> list[dict[str, float]]:
     """Short runs at each learning rate, sampled at each guidance; the best row first."""
-    jury, scenes = Judge(), test_scenes(images)
+    jury, scenes = Judge(), held_out_scenes(images)
     prompts, latents = prompts_of(scenes), noise(images, SEARCH_SEED)
     rows = []
     for learning_rate in LEARNING_RATES:

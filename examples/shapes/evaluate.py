@@ -28,7 +28,7 @@ STEPS = (1, 2, 4, 8, 16)
 TEST_SEED = 103  # a stream of scenes that no training script draws from
 
 
-def test_scenes(count: int) -> list[Scene]:
+def held_out_scenes(count: int) -> list[Scene]:
     """Held-out scenes; every second one contains a shape in a colour it never had in training."""
     return [sample_scene(TEST_SEED, i, held_out=i % 2 == 0) for i in range(count)]
 

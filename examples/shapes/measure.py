@@ -19,7 +19,7 @@ from evaluate import (
     Studio,
     noise,
     prompts_of,
-    test_scenes,
+    held_out_scenes,
 )
 from pictures import contact_sheet, save
 from safetensors import safe_open
@@ -75,7 +75,7 @@ def main() -> None:
     args = parser.parse_args()
 
     studio, jury = Studio(fast=True), Judge()
-    scenes = test_scenes(args.images)
+    scenes = held_out_scenes(args.images)
     prompts, latents = prompts_of(scenes), noise(args.images, seed=2)
     rows, consistency, shown = [], {}, {}
     for name in ("PCM", "LCM"):

@@ -18,7 +18,7 @@ from evaluate import (
     noise,
     prompts_of,
     teacher_state,
-    test_scenes,
+    held_out_scenes,
 )
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -111,7 +111,7 @@ def main() -> None:
     args = parser.parse_args()
 
     studio = Studio(adapters={}, fast=True)
-    scenes = test_scenes(args.images)
+    scenes = held_out_scenes(args.images)
     prompts = prompts_of(scenes)
     if args.draw is not None:
         pictures(studio, prompts, args.draw, TEACHER_STEPS)

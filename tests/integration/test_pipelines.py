@@ -14,7 +14,6 @@ from diffusers import (
     AutoPipelineForImage2Image,
     ControlNetModel,
     DDIMScheduler,
-    LatentConsistencyModelPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
@@ -157,15 +156,6 @@ def test_controlnet(pipe):
     torch.testing.assert_close(with_control, call(pipe, latents=noise(), guidance_scale=2.0), rtol=1e-3, atol=1e-3)
 
 
-def test_a_latent_consistency_pipeline_gets_x0_as_its_second_value(pipe):
-    """That pipeline passes eta=None and decodes the second value of the tuple."""
-    unet = type(pipe.unet).from_config({**pipe.unet.config, "time_cond_proj_dim": 16}).eval()
-    parts = {**pipe.components, "unet": unet}
-    lcm = LatentConsistencyModelPipeline(**parts, requires_safety_checker=False)
-    lcm.set_progress_bar_config(disable=True)
-    assert call(lcm, num_inference_steps=2).shape == (1, 3, 128, 128)
-
-
 def test_sdxl_text_and_image_to_image():
     pipe = tiny_models.sdxl_pipeline()
     pipe.set_progress_bar_config(disable=True)
@@ -198,7 +188,7 @@ def test_ip_adapter(pipe):
     width = pipe.unet.config.cross_attention_dim
     projection = ImageProjection(image_embed_dim=8, cross_attention_dim=width, num_image_text_embeds=2)
     pipe.unet.encoder_hid_proj = MultiIPAdapterImageProjection([projection])
-    pipe.unet.config.encoder_hid_dim_type = "ip_image_proj"
+    pipe.unet.register_to_config(encoder_hid_dim_type="ip_image_proj")
     processors = {}
     for name, processor in pipe.unet.attn_processors.items():
         if name.endswith("attn1.processor"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from evaluate import ADAPTERS, Judge, Studio, noise, prompts_of, test_scenes
+from evaluate import ADAPTERS, Judge, Studio, noise, prompts_of, held_out_scenes
 from write_dataset import write_dataset
 
 from attributes import AttributeHeads, attribute_loss, judge, load_classifier
@@ -24,9 +24,6 @@ from scenes import (
     sample_scene,
     shape_distance,
 )
-
-held_out_scenes = test_scenes  # not a test, whatever its name says
-del test_scenes
 
 
 def test_scenes_are_a_function_of_seed_and_index():
