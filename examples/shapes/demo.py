@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from evaluate import STEPS, TEACHER_STEPS, Judge, Studio, noise, prompts_of, held_out_scenes
+from evaluate import STEPS, TEACHER_STEPS, Judge, Studio, held_out_scenes, noise, prompts_of
 from pictures import contact_sheet, save, to_pil
 from tabulate import tabulate
 

@@ -14,7 +14,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from evaluate import ADAPTERS, Judge, Studio, noise, prompts_of, held_out_scenes
+from evaluate import ADAPTERS, Judge, Studio, held_out_scenes, noise, prompts_of
 from write_dataset import write_dataset
 
 from lora_training.config import TrainConfig

@@ -17,9 +17,9 @@ from evaluate import (
     TEACHER_STEPS,
     Judge,
     Studio,
+    held_out_scenes,
     noise,
     prompts_of,
-    held_out_scenes,
 )
 from pictures import contact_sheet, save
 from safetensors import safe_open

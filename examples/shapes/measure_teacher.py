@@ -15,10 +15,10 @@ from evaluate import (
     TEACHER_STEPS,
     Judge,
     Studio,
+    held_out_scenes,
     noise,
     prompts_of,
     teacher_state,
-    held_out_scenes,
 )
 from safetensors import safe_open
 from safetensors.torch import load_file

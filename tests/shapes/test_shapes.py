@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from evaluate import ADAPTERS, Judge, Studio, noise, prompts_of, held_out_scenes
+from evaluate import ADAPTERS, Judge, Studio, held_out_scenes, noise, prompts_of
 from write_dataset import write_dataset
 
 from attributes import AttributeHeads, attribute_loss, judge, load_classifier
