@@ -35,13 +35,11 @@ parser.add_argument("--out", type=Path, default=Path("outputs/controlnet.png"))
 args = parser.parse_args()
 
 device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
-base = AutoPipelineForText2Image.from_pretrained(args.model, dtype=dtype)
-controlnet = (
-    ControlNetModel.from_pretrained(args.controlnet, dtype=dtype)
-    if args.controlnet
-    else ControlNetModel.from_unet(base.unet).to(dtype)
+base = AutoPipelineForText2Image.from_pretrained(args.model)
+controlnet = ControlNetModel.from_pretrained(args.controlnet) if args.controlnet else ControlNetModel.from_unet(base.unet)
+pipe = StableDiffusionControlNetPipeline(**base.components, controlnet=controlnet, requires_safety_checker=False).to(
+    device, dtype
 )
-pipe = StableDiffusionControlNetPipeline(**base.components, controlnet=controlnet, requires_safety_checker=False).to(device)
 settings = load_pcm_lora(pipe, args.adapter, weight_name=args.weight_name, num_phases=args.phases)
 side = pipe.unet.config.sample_size * pipe.vae_scale_factor
 control = Image.open(args.control).convert("RGB") if args.control else Image.new("RGB", (side, side), "white")

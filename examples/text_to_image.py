@@ -34,10 +34,10 @@ args = parser.parse_args()
 device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
 if args.model.endswith(".safetensors"):
     single_file = StableDiffusionXLPipeline if args.sdxl else StableDiffusionPipeline
-    pipe = single_file.from_single_file(args.model, dtype=dtype)
+    pipe = single_file.from_single_file(args.model)
 else:
-    pipe = AutoPipelineForText2Image.from_pretrained(args.model, dtype=dtype)
-pipe.to(device)
+    pipe = AutoPipelineForText2Image.from_pretrained(args.model)
+pipe.to(device, dtype)
 
 settings = load_pcm_lora(pipe, args.adapter, weight_name=args.weight_name, num_phases=args.phases)
 image = pipe(

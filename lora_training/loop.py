@@ -56,8 +56,9 @@ def run(config: TrainConfig) -> Path:
     optimizer = torch.optim.AdamW(parameters, lr=config.optimizer.learning_rate, weight_decay=config.optimizer.weight_decay)
     optimizer = accelerator.prepare(optimizer)  # the UNet stays bare: only the adapter's gradients travel, in _average
     objective = ConsistencyObjective(backbone, grid, config.objective.guidance_scale, config.objective.huber_c)
+    told = json.dumps({k: v for k, v in asdict(config).items() if k not in ("output", "title", "checkpoint_every")})
     names = {name: p for name, p in backbone.unet.named_parameters() if p.requires_grad}
-    first = load_checkpoint(checkpoint, names, optimizer.optimizer) if checkpoint.exists() else 0
+    first = load_checkpoint(checkpoint, names, optimizer.optimizer, run=told) if checkpoint.exists() else 0
 
     bar = tqdm(
         range(first, config.optimizer.steps), initial=first, total=config.optimizer.steps,
@@ -87,7 +88,7 @@ def run(config: TrainConfig) -> Path:
         bar.set_postfix(shown, refresh=False)
         due = (step + 1) % config.checkpoint_every == 0 and step + 1 < config.optimizer.steps
         if due and accelerator.is_main_process:
-            save_checkpoint(checkpoint, names, optimizer.optimizer, step + 1)
+            save_checkpoint(checkpoint, names, optimizer.optimizer, step + 1, run=told)
 
     if accelerator.is_main_process:
         _write(config, backbone, output)
@@ -134,7 +135,7 @@ def _learning_rate(config: OptimizerConfig, step: int) -> float:
 
 
 def _step_seed(seed: int, step: int, process: int) -> int:
-    return ((seed * 1_000_003 + process) << 32) + step
+    return (((seed * 1_000_003 + process) << 32) + step) % 2**63  # torch takes 63 bits without a sign
 
 
 def _batch(

@@ -79,6 +79,9 @@ class ConsistencyObjective:
             self.backbone, sample, self.timesteps[n], prompt_embeds, empty_embeds.expand(batch, -1, -1),
             self.guidance_scale, (alpha, sigma, *self.levels(n - 1)),
         )  # fmt: skip
+        landed = self.jump_to_edge(
+            sample, n, edge, prompt_embeds
+        )  # before the target: autocast caches casts with their history
         with torch.no_grad():
             target = self.jump_to_edge(lower, n - 1, edge, prompt_embeds)
-        return pseudo_huber(self.jump_to_edge(sample, n, edge, prompt_embeds) - target, self.huber_c)
+        return pseudo_huber(landed - target, self.huber_c)

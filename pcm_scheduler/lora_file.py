@@ -66,8 +66,8 @@ class AdapterSettings:
     def scheduler_config(self) -> dict[str, object]:
         """What `PCMScheduler.from_config` needs to be told."""
         return {
-            "num_phases": len(self.phase_edges) - 1,
-            "phase_edges": list(self.phase_edges),
+            "num_phases": self.grid.num_phases,
+            "phase_edges": list(self.grid.edges),
             "num_solver_steps": self.num_solver_steps,
         }
 
@@ -233,7 +233,7 @@ def with_overrides(settings: AdapterSettings | None, **overrides: object) -> Ada
         settings = AdapterSettings(base_model="sd15", phase_edges=(0, 999), num_solver_steps=50)
         num_phases = num_phases if "phase_edges" not in given else None
     if "num_solver_steps" in given and "phase_edges" not in given and num_phases is None:
-        num_phases = len(settings.phase_edges) - 1
+        num_phases = settings.grid.num_phases
     if num_phases is not None:
         steps = given.get("num_solver_steps", settings.num_solver_steps)
         given["phase_edges"] = PhaseGrid.even(num_phases, steps, settings.num_train_timesteps).edges  # type: ignore[arg-type]

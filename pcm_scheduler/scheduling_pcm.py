@@ -107,9 +107,8 @@ class PCMScheduler(SchedulerMixin, ConfigMixin):
         num_solver_steps: int = 50,
         final_sigmas_type: str = "zero",
     ):
-        # from_config drops every value that its source held by default, although the target's default may differ.
-        # Ours are stated, so that DDIMScheduler.from_config(pcm.config) keeps the betas.
-        self.register_to_config(_use_default_values=[])
+        if "_use_default_values" in self.config:
+            self._state_defaults()
         check_prediction_type(prediction_type)
         if final_sigmas_type not in FINAL_SIGMAS_TYPES:
             raise ValueError(f"Unknown final_sigmas_type {final_sigmas_type!r}; choose one of {', '.join(FINAL_SIGMAS_TYPES)}.")
@@ -146,11 +145,19 @@ class PCMScheduler(SchedulerMixin, ConfigMixin):
         Unlike diffusers' own, values that the source held by default are kept: an in-memory
         `DDIMScheduler(beta_schedule="linear")` stays at its betas of 1e-4 to 0.02. A new `num_phases` replaces `phase_edges`.
         """
+        in_memory = isinstance(config, dict) and "_use_default_values" in config
         if isinstance(config, dict):
             config = {key: value for key, value in config.items() if key != "_use_default_values"}
             if "num_phases" in kwargs:
                 kwargs.setdefault("phase_edges", None)
-        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+        result = super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+        if in_memory:
+            (result[0] if return_unused_kwargs else result)._state_defaults()
+        return result
+
+    def _state_defaults(self) -> None:
+        """Count no value as held by default: others' from_config drops those, although their own defaults differ."""
+        self.register_to_config(_use_default_values=[])
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps

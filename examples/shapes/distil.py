@@ -14,7 +14,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from evaluate import ADAPTERS, Judge, Studio, held_out_scenes, noise, prompts_of
+from evaluate import ADAPTERS, SEARCH_SEED, Judge, Studio, held_out_scenes, model_fingerprint, noise, prompts_of
 from write_dataset import write_dataset
 
 from lora_training.config import TrainConfig
@@ -25,7 +25,6 @@ from model import HERE, RUNS_DIR
 
 LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 GUIDANCE_SCALES = (1.0, 1.5, 2.0)
-SEARCH_SEED = 4  # of the noise; measurements use another
 CONFIGS = {"PCM": HERE / "configs" / "pcm_4phase.yaml", "LCM": HERE / "configs" / "lcm.yaml"}
 
 
@@ -38,11 +37,11 @@ def with_changes(config: TrainConfig, *, output: Path, learning_rate: float, gui
 
 def search(name: str, config: TrainConfig, steps: int, images: int) -> list[dict[str, float]]:
     """Short runs at each learning rate, sampled at each guidance; the best row first."""
-    jury, scenes = Judge(), held_out_scenes(images)
+    jury, scenes = Judge(), held_out_scenes(images, SEARCH_SEED)
     prompts, latents = prompts_of(scenes), noise(images, SEARCH_SEED)
     rows = []
     for learning_rate in LEARNING_RATES:
-        path = RUNS_DIR / "search" / f"{name}-{learning_rate:g}.safetensors"
+        path = RUNS_DIR / "search" / model_fingerprint() / f"{name}-{steps}-{learning_rate:g}.safetensors"
         if not path.exists():
             run(with_changes(config, output=path, learning_rate=learning_rate, guidance_scale=1.0, steps=steps))
         studio = Studio(adapters={name: path}, fast=True)
@@ -55,12 +54,14 @@ def search(name: str, config: TrainConfig, steps: int, images: int) -> list[dict
 
 
 def chosen(name: str, config: TrainConfig, steps: int, images: int) -> dict[str, float]:
-    """The search's best row; the search is made once and its table kept beside the adapter."""
-    path = ADAPTERS[name].with_suffix(".search.json")
-    if not path.exists():
+    """The search's best row. The table is kept beside the adapter and made anew for another model."""
+    path, model = ADAPTERS[name].with_suffix(".search.json"), model_fingerprint()
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if kept.get("model") != model:
+        kept = {"model": model, "steps": steps, "images": images, "rows": search(name, config, steps, images)}
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(search(name, config, steps, images), indent=1) + "\n", encoding="utf-8")
-    return json.loads(path.read_text(encoding="utf-8"))[0]
+        path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    return kept["rows"][0]
 
 
 def main() -> None:

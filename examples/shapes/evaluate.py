@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +26,20 @@ ADAPTERS = {"PCM": HERE / "adapters" / "pcm_4phase.safetensors", "LCM": HERE / "
 TEACHER_STATISTICS = HERE / "teacher_statistics.safetensors"
 TEACHER_STEPS, TEACHER_GUIDANCE = 50, 5.0
 STEPS = (1, 2, 4, 8, 16)
-TEST_SEED = 103  # a stream of scenes that no training script draws from
+TEST_SEED, SEARCH_SEED = 103, 104  # streams of scenes that no training script draws from
 
 
-def held_out_scenes(count: int) -> list[Scene]:
+def held_out_scenes(count: int, seed: int = TEST_SEED) -> list[Scene]:
     """Held-out scenes; every second one contains a shape in a colour it never had in training."""
-    return [sample_scene(TEST_SEED, i, held_out=i % 2 == 0) for i in range(count)]
+    return [sample_scene(seed, i, held_out=i % 2 == 0) for i in range(count)]
+
+
+def model_fingerprint(model: Path = MODEL_DIR) -> str:
+    """Changes when the model's weights do."""
+    digest = hashlib.sha256()
+    for path in sorted(model.rglob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def prompts_of(scenes: list[Scene]) -> list[str]:

@@ -33,7 +33,7 @@ SHOWN = 9
 
 def report(rows: list[list[str]], consistency: dict[str, float], images: int, teacher: dict[str, str], search: dict) -> str:
     """docs/results.md."""
-    chosen = {name: found[0] for name, found in search.items()}
+    chosen = {name: found["rows"][0] for name, found in search.items()}
     settings = "; ".join(
         f"{name} learning rate {b['learning_rate']:g}, sampling guidance {b['guidance_scale']:g}" for name, b in chosen.items()
     )

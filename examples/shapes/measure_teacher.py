@@ -16,6 +16,7 @@ from evaluate import (
     Judge,
     Studio,
     held_out_scenes,
+    model_fingerprint,
     noise,
     prompts_of,
     teacher_state,
@@ -94,7 +95,7 @@ prompts:
 
 def pictures(studio: Studio, prompts: list[str], seed: int, steps: int) -> torch.Tensor:
     """The teacher's pictures from one noise, uint8 (N, 3, 128, 128); kept on disk, for they take minutes."""
-    path = RUNS_DIR / "teacher" / f"{len(prompts)}-noise{seed}-{steps}steps.safetensors"
+    path = RUNS_DIR / "teacher" / model_fingerprint() / f"{len(prompts)}-noise{seed}-{steps}steps.safetensors"
     if not path.exists():
         latents, name = noise(len(prompts), seed), f"teacher, {steps} steps"
         write_safetensors({"images": studio.generate(studio.methods["teacher"], prompts, latents, steps, progress=name)}, path)

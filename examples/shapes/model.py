@@ -83,6 +83,6 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def load_pipeline(path: Path | str = MODEL_DIR, dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
-    """The shapes pipeline from its folder."""
-    return StableDiffusionPipeline.from_pretrained(path, dtype=dtype, safety_checker=None)
+def load_pipeline(path: Path | str = MODEL_DIR) -> StableDiffusionPipeline:
+    """The shapes pipeline from its folder, in float32."""
+    return StableDiffusionPipeline.from_pretrained(path, safety_checker=None).to(torch.float32)

@@ -1,8 +1,10 @@
 """Train the shapes UNet jointly with its text encoder on cached latents, and save the pipeline; about an hour on two cores.
 
 The text encoder first learns for a few minutes to name what a caption says (as CLIP's has learned from pictures
-before Stable Diffusion sees it); then both are trained on the noise prediction alone. Places are decided at the highest noise
-levels, where the plain loss hardly looks, so a last stage weighs those up.
+before Stable Diffusion sees it); then both are trained on the noise prediction, with a little of that lesson kept up.
+Places are decided at the highest noise levels, where the plain loss hardly looks, and a trace of the picture is left
+even at the last timestep of Stable Diffusion's schedule, although sampling starts from pure noise. So a last stage
+weighs those levels up and shows pure noise at the last.
 
     python examples/shapes/train_denoiser.py
 """
@@ -30,7 +32,8 @@ from training import train
 TRAIN_SEED = 1
 OMIT = 0.12  # each of size, place, background is left unsaid this often
 CAPTION_DROPOUT = 0.1  # for classifier-free guidance
-LAYOUT_FROM, LAYOUT_WEIGHT = 600, 25.0  # timesteps that decide where things are, and the most that one of them weighs
+READING_WEIGHT = 0.02  # without it the text encoder forgets places before the UNet has learned to use them
+LAYOUT_FROM, LAYOUT_WEIGHT = 600, 50.0  # timesteps that decide where things are, and the most that one of them weighs
 
 
 @torch.no_grad()
@@ -61,7 +64,7 @@ class CaptionReader(nn.Module):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--layout-steps", type=int, default=2000)
+    parser.add_argument("--layout-steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1.2e-3)
     parser.add_argument("--scenes", type=int, default=20480)
@@ -78,18 +81,20 @@ def main() -> None:
     use_plain_attention(unet)
     text_encoder.set_attn_implementation("eager")
 
-    def tokens(indices: list[int], generator: torch.Generator, dropout: float) -> torch.Tensor:
+    def tokens(indices: list[int], generator: torch.Generator, dropout: float) -> tuple[torch.Tensor, list[bool]]:
+        """Captions in random wordings, (batch, tokens), and which of them were dropped."""
         rng = np.random.default_rng(torch.randint(2**62, (), generator=generator).item())
-        texts = ["" if rng.random() < dropout else caption(scenes[i], rng, OMIT) for i in indices]
+        dropped = (rng.random(len(indices)) < dropout).tolist()
+        texts = ["" if drop else caption(scenes[i], rng, OMIT) for i, drop in zip(indices, dropped, strict=True)]
         padded = tokenizer(texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True)
-        return torch.tensor(padded.input_ids)
+        return torch.tensor(padded.input_ids), dropped
 
     reader = CaptionReader(text_encoder, text_encoder.config.hidden_size)
 
     def reading_loss(generator: torch.Generator) -> torch.Tensor:
         which = torch.randint(len(scenes), (128,), generator=generator).tolist()
-        pooled = text_encoder(tokens(which, generator, dropout=0.0)).pooler_output
-        return attribute_loss(reader.heads(pooled), labels([scenes[i] for i in which]))
+        ids, _ = tokens(which, generator, dropout=0.0)
+        return attribute_loss(reader.heads(text_encoder(ids).pooler_output), labels([scenes[i] for i in which]))
 
     train(
         reader,
@@ -106,17 +111,28 @@ def main() -> None:
         noise = torch.randn(latents.shape, generator=generator)
         timesteps = torch.randint(scheduler.config.num_train_timesteps, (args.batch,), generator=generator)
         weight = torch.ones(args.batch)
+        seen = torch.ones(args.batch, 1, 1, 1)  # how much of the picture the network gets to see
         if layout:
+            draw = torch.rand(args.batch, generator=generator)
             noisiest = torch.randint(LAYOUT_FROM, scheduler.config.num_train_timesteps, (args.batch,), generator=generator)
-            timesteps = torch.where(torch.rand(args.batch, generator=generator) < 0.6, noisiest, timesteps)
+            timesteps = torch.where(draw < 0.6, noisiest, timesteps)
+            timesteps[draw < 0.3] = scheduler.config.num_train_timesteps - 1
+            seen[draw < 0.3] = 0.0
             weight = (1 / scheduler.alphas_cumprod[timesteps]).clamp(max=LAYOUT_WEIGHT)
-        noisy = scheduler.add_noise(latents, noise, timesteps)
+        alpha = scheduler.alphas_cumprod[timesteps].sqrt().view(-1, 1, 1, 1)
+        sigma = (1 - alpha**2).sqrt()
+        noisy = seen * alpha * latents + sigma * noise
+        target = (noisy - alpha * latents) / sigma
         with torch.autocast("cpu", torch.bfloat16):
-            prompt_embeds = text_encoder(tokens(which.tolist(), generator, CAPTION_DROPOUT)).last_hidden_state
-            predicted = unet(noisy, timesteps, prompt_embeds).sample
-        return (weight * (predicted.float() - noise).square().mean(dim=(1, 2, 3))).mean()
+            ids, dropped = tokens(which.tolist(), generator, CAPTION_DROPOUT)
+            text = text_encoder(ids)
+            predicted = unet(noisy, timesteps, text.last_hidden_state).sample
+        loss = (weight * (predicted.float() - target).square().mean(dim=(1, 2, 3))).mean()
+        told = [i for i, drop in enumerate(dropped) if not drop]
+        named = reader.heads(text.pooler_output[told].float())
+        return loss + READING_WEIGHT * attribute_loss(named, labels([scenes[which[i]] for i in told]))
 
-    denoiser = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
+    denoiser = nn.ModuleDict({"unet": unet, "reader": reader})
     for stage, steps in (("all", args.steps), ("layout", args.layout_steps)):
         train(
             denoiser,

@@ -41,12 +41,12 @@ class StableDiffusion15:
     def load(cls, path: str) -> StableDiffusion15:
         """From a diffusers folder, a hub id, or a single `.safetensors` checkpoint."""
         if path.endswith(".safetensors"):
-            pipe = StableDiffusionPipeline.from_single_file(path, dtype=torch.float32)
+            pipe = StableDiffusionPipeline.from_single_file(path)
         else:
             if Path(path).exists() and not (Path(path) / "model_index.json").is_file():
                 raise ValueError(f"{path} is not a diffusers model folder: it has no model_index.json.")
-            pipe = StableDiffusionPipeline.from_pretrained(path, dtype=torch.float32, safety_checker=None)
-        return cls(pipe)
+            pipe = StableDiffusionPipeline.from_pretrained(path, safety_checker=None)
+        return cls(pipe.to(torch.float32))
 
     @property
     def num_train_timesteps(self) -> int:

@@ -40,8 +40,13 @@ class TrainingData:
 
 def _fingerprint(images: Sequence[CaptionedImage], config: DataConfig, model_path: str) -> str:
     """Changes when a picture, a caption, the resolution or the model does."""
-    files = [(str(i.path), i.path.stat().st_size, i.path.stat().st_mtime_ns, i.caption) for i in images]
-    return hashlib.sha256(json.dumps([files, config.resolution, model_path]).encode()).hexdigest()[:16]
+    files = [(str(i.path), *_stamp(i.path), i.caption) for i in images]
+    weights = [(str(path), *_stamp(path)) for path in sorted(Path(model_path).rglob("*.safetensors"))]  # none for a hub id
+    return hashlib.sha256(json.dumps([files, config.resolution, model_path, weights]).encode()).hexdigest()[:16]
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    return path.stat().st_size, path.stat().st_mtime_ns
 
 
 def load_training_data(config: DataConfig, backbone: StableDiffusion15, model_path: str, cache: Path) -> TrainingData:

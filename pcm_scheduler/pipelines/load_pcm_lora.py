@@ -46,21 +46,32 @@ def load_pcm_lora(
         pipe: any diffusers pipeline with `load_lora_weights` and a scheduler.
         adapter: a `.safetensors` file, a folder, or a hub id.
         weight_name: the file in a folder or hub repository.
-        adapter_name: the name under which PEFT keeps it.
+        adapter_name: the name under which PEFT keeps it; an adapter of that name is replaced.
         num_phases, phase_edges, num_solver_steps: override what the file says; needed when it says nothing.
 
     Returns:
         the settings in force, with the recommended `num_inference_steps`, `guidance_scale` and `eta` to call the pipeline with.
 
     Raises:
-        ValueError: the file is not safetensors, or neither it nor the caller says the phases.
+        ValueError: the file is not safetensors, neither it nor the caller says the phases, or it was trained for another
+            prediction type or number of timesteps than the pipeline's.
     """
     path = _local_file(str(adapter), weight_name)
-    settings = with_overrides(
-        read_settings(path), num_phases=num_phases, phase_edges=phase_edges, num_solver_steps=num_solver_steps
-    )
+    stated = read_settings(path)
+    settings = with_overrides(stated, num_phases=num_phases, phase_edges=phase_edges, num_solver_steps=num_solver_steps)
     if settings.inferred:
         logger.warning(f"{path.name} does not state its settings; inferred from its name: {settings}")
+    scheduler = PCMScheduler.from_config(
+        pipe.scheduler.config, **settings.scheduler_config
+    )  # refuses before weights are touched
+    for name in ("prediction_type", "num_train_timesteps"):
+        of_pipe, of_adapter = scheduler.config[name], getattr(settings, name)
+        if stated is not None and not stated.inferred and of_pipe != of_adapter:
+            raise ValueError(
+                f"{path.name} was trained with {name}={of_adapter!r}, but the pipeline's scheduler has {of_pipe!r}."
+            )
+    if adapter_name in {name for names in pipe.get_list_adapters().values() for name in names}:
+        pipe.delete_adapters(adapter_name)
     pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=adapter_name)
-    pipe.scheduler = PCMScheduler.from_config(pipe.scheduler.config, **settings.scheduler_config)
+    pipe.scheduler = scheduler
     return settings

@@ -23,7 +23,7 @@ from lora_training.config import (
     TrainConfig,
 )
 from lora_training.data.captioned_images import find_images, load_image
-from lora_training.loop import run
+from lora_training.loop import _step_seed, run
 from lora_training.objectives import ConsistencyObjective, pseudo_huber
 from lora_training.teacher import ddim_step
 from lora_training.train import parse
@@ -89,10 +89,17 @@ def test_an_interrupted_run_ends_with_the_same_weights(pictures, tmp_path, monke
         run(config)
     assert not Path(config.output).exists()
     assert Path(config.output).with_suffix(".checkpoint.safetensors").exists()
+    with pytest.raises(ValueError, match="other settings"):
+        run(dataclasses.replace(config, objective=ObjectiveConfig(guidance_scale=7.0)))
     monkeypatch.setattr(ConsistencyObjective, "__call__", original)
     resumed = run(config)
     for key, tensor in load_file(whole).items():
         torch.testing.assert_close(load_file(resumed)[key], tensor, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", [0, 12345, 2**31])
+def test_any_seed_is_a_seed_of_torch(seed):
+    torch.Generator().manual_seed(_step_seed(seed, 10**6, 7))
 
 
 @pytest.fixture(scope="module")

@@ -128,3 +128,24 @@ def test_malformed_files_are_named(tmp_path):
         read_settings(lying)
     with pytest.raises(ValueError, match="weight_name"):
         load_pcm_lora(load_pipeline(), "some/repository")
+
+
+def test_a_second_adapter_replaces_the_first(trained, adapter_file, tmp_path):
+    pipe = load_pipeline()
+    load_pcm_lora(pipe, adapter_file)
+    other = tmp_path / "other.safetensors"
+    eight = AdapterSettings("sd15", PhaseGrid.even(8).edges, 50)
+    write_adapter(other, trained[1], dict.fromkeys(modules_of(trained[1]), ALPHA), eight, "eight phases")
+    assert load_pcm_lora(pipe, other).grid.num_phases == 8
+    assert pipe.scheduler.grid.num_phases == 8
+    assert pipe.get_active_adapters() == ["pcm"]
+
+
+def test_an_adapter_for_another_prediction_type_is_refused_before_it_is_loaded(trained, tmp_path):
+    path = tmp_path / "v.safetensors"
+    settings = AdapterSettings("sd15", PhaseGrid.even(4).edges, 50, prediction_type="v_prediction")
+    write_adapter(path, trained[1], dict.fromkeys(modules_of(trained[1]), ALPHA), settings, "v")
+    pipe = load_pipeline()
+    with pytest.raises(ValueError, match="v_prediction"):
+        load_pcm_lora(pipe, path)
+    assert not pipe.get_list_adapters()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 import warnings
@@ -195,12 +196,27 @@ def test_zero_snr_rescaling_travels(cls):
     assert cls.from_config(pcm.config).config.rescale_betas_zero_snr
 
 
-def test_coming_from_the_karras_family_is_silent(caplog):
+def test_coming_from_the_karras_family_is_silent(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)  # or caplog sees nothing
     config = DPMSolverMultistepScheduler.from_config(EulerDiscreteScheduler(**SD_BETAS).config).config
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         PCMScheduler.from_config(config)
     assert "not expected" not in caplog.text
+    monkeypatch.setattr(PCMScheduler, "_compatibles", [])
+    PCMScheduler.from_config(config)
+    assert "not expected" in caplog.text, "the test would not notice"
+
+
+def test_config_equality_as_diffusers_own_suite_asks(tmp_path):
+    scheduler = PCMScheduler()
+    scheduler.save_pretrained(tmp_path)
+    told = {k: v for k, v in scheduler.config.items() if k != "_use_default_values"}
+    assert len(told) < len(scheduler.config)
+    assert told == PCMScheduler.from_pretrained(tmp_path).config
+    for cls in (DDIMScheduler, EulerDiscreteScheduler):
+        back = PCMScheduler.from_config(cls.from_config(scheduler.config).config).config
+        assert {k: v for k, v in back.items() if k in scheduler.config} == dict(scheduler.config)
 
 
 def test_new_phases_replace_explicit_edges():
