@@ -17,8 +17,9 @@ from .teacher import ddim_step
 
 
 def pseudo_huber(difference: torch.Tensor, c: float) -> torch.Tensor:
-    """Mean of sqrt(d^2 + c^2) - c."""
-    return ((difference.square() + c * c).sqrt() - c).mean()
+    """Mean of sqrt(d^2 + c^2) - c, written so that small d does not cancel."""
+    square = difference.square()
+    return (square / ((square + c * c).sqrt() + c)).mean()
 
 
 class ConsistencyObjective:

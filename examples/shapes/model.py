@@ -83,6 +83,22 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def load_pipeline(path: Path | str = MODEL_DIR) -> StableDiffusionPipeline:
-    """The shapes pipeline from its folder, in float32."""
-    return StableDiffusionPipeline.from_pretrained(path, safety_checker=None).to(torch.float32)
+def assemble_pipeline(
+    vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel
+) -> StableDiffusionPipeline:
+    """The parts as one pipeline."""
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        unet=unet.eval(),
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def load_pipeline(path: Path | str | None = None) -> StableDiffusionPipeline:
+    """The shapes pipeline from its folder (default: the one that ships), in float32."""
+    return StableDiffusionPipeline.from_pretrained(path or MODEL_DIR, safety_checker=None).to(torch.float32)

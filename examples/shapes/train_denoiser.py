@@ -16,7 +16,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
@@ -25,7 +25,7 @@ from lora_training.cpu import keep_freed_memory, use_plain_attention
 from pcm_scheduler.lora_file import write_safetensors
 
 from attributes import AttributeHeads, attribute_loss
-from model import RUNS_DIR, build_scheduler, build_text_encoder, build_tokenizer, build_unet
+from model import RUNS_DIR, assemble_pipeline, build_scheduler, build_text_encoder, build_tokenizer, build_unet
 from scenes import all_wordings, caption, labels, render, sample_scene
 from training import train
 
@@ -142,16 +142,7 @@ def main() -> None:
             checkpoint=RUNS_DIR / f"denoiser-{stage}.safetensors",
             seed=1 if stage == "all" else 2,
         )
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder.eval(),
-        tokenizer=tokenizer,
-        unet=unet.eval(),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    pipeline = assemble_pipeline(vae, text_encoder, tokenizer, unet)
     pipeline.to(dtype=torch.float16).save_pretrained(RUNS_DIR / "pipeline", safe_serialization=True)
 
 

@@ -117,7 +117,7 @@ def test_image_to_image_starts_at_a_stop(pipe, strength):
     assert visited == stops[10 - int(10 * strength) :]
 
 
-def test_image_to_image_with_little_strength_keeps_the_picture(pipe):
+def test_image_to_image_with_little_strength_keeps_the_picture(trained_model, pipe):
     """No noise may be left in the result, LCMScheduler's known fault."""
     original = call(pipe, prompt="a large red star in the center on a plain sky background", latents=noise())
     edit = AutoPipelineForImage2Image.from_pipe(pipe)
@@ -128,7 +128,7 @@ def test_image_to_image_with_little_strength_keeps_the_picture(pipe):
     assert (edited - original).abs().mean() < 0.06
 
 
-def test_inpaint_changes_only_the_mask_in_latents(pipe):
+def test_inpaint_changes_only_the_mask_in_latents(trained_model, pipe):
     paint = StableDiffusionInpaintPipeline(**pipe.components, requires_safety_checker=False)
     paint.set_progress_bar_config(disable=True)
     mask = Image.fromarray(np.pad(np.full((128, 64), 255, np.uint8), ((0, 0), (64, 0))))
@@ -216,7 +216,7 @@ def test_a_saved_pipeline_loads_after_one_import(pipe, tmp_path):
     assert documented.stdout.strip() == "PCMScheduler 4"
 
 
-def test_the_shipped_folder_is_within_its_size_and_half_precision():
+def test_the_shipped_folder_is_within_its_size_and_half_precision(trained_model):
     files = [p for p in MODEL_DIR.rglob("*") if p.is_file()]
     assert sum(p.stat().st_size for p in files) <= 15e6
     assert not [p for p in files if p.suffix in {".bin", ".pt", ".ckpt", ".pkl"}]

@@ -221,7 +221,8 @@ def test_accelerate_launches_the_script_with_the_shipped_configuration(pictures,
         sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu",
         "--num_processes", "1", "--num_machines", "1",
         "--mixed_precision", "no", "--dynamo_backend", "no", "lora_training/train.py",
-        "--config", "examples/shapes/configs/pcm_4phase.yaml", "--data.folder", str(pictures), "--data.cache", str(tmp_path),
+        "--config", "examples/shapes/configs/pcm_4phase.yaml", "--model.path", str(MODEL_DIR),
+        "--data.folder", str(pictures), "--data.cache", str(tmp_path),
         "--optimizer.steps", "2", "--optimizer.batch_size", "2", "--lora.rank", "2", "--output", str(output),
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
