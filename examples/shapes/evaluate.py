@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,9 @@ class Studio:
 
     def __init__(self, adapters: dict[str, Path] = ADAPTERS, model: Path = MODEL_DIR, fast: bool = False):
         keep_freed_memory()
+        missing = [path for path in (model / "model_index.json", *adapters.values()) if not path.is_file()]
+        if missing:
+            sys.exit(f"Not in this checkout: {', '.join(map(str, missing))}. Train them with: make shapes adapters")
         self.pipe: StableDiffusionPipeline = load_pipeline(model)
         self.pipe.set_progress_bar_config(disable=True)
         if fast:

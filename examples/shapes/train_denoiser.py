@@ -12,6 +12,7 @@ weighs those levels up and shows pure noise at the last.
 from __future__ import annotations
 
 import argparse
+import shutil
 from functools import partial
 
 import numpy as np
@@ -25,7 +26,7 @@ from lora_training.cpu import keep_freed_memory, use_plain_attention
 from pcm_scheduler.lora_file import write_safetensors
 
 from attributes import AttributeHeads, attribute_loss
-from model import RUNS_DIR, assemble_pipeline, build_scheduler, build_text_encoder, build_tokenizer, build_unet
+from model import MODEL_DIR, RUNS_DIR, assemble_pipeline, build_scheduler, build_text_encoder, build_tokenizer, build_unet
 from scenes import all_wordings, caption, labels, render, sample_scene
 from training import train
 
@@ -73,7 +74,9 @@ def main() -> None:
 
     keep_freed_memory()
     torch.manual_seed(0)
-    vae = AutoencoderKL.from_pretrained(RUNS_DIR / "vae").eval().requires_grad_(False)
+    vae_folder = next(folder / "vae" for folder in (RUNS_DIR, MODEL_DIR) if (folder / "vae" / "config.json").is_file())
+    vae = AutoencoderKL.from_pretrained(vae_folder).float().eval().requires_grad_(False)
+    vae.register_to_config(_name_or_path="")  # no path of this machine in what ships
     tokenizer = build_tokenizer(all_wordings())
     text_encoder, unet, scheduler = build_text_encoder(tokenizer), build_unet(), build_scheduler()
     scenes = [sample_scene(TRAIN_SEED, i) for i in range(args.scenes)]
@@ -144,6 +147,7 @@ def main() -> None:
         )
     pipeline = assemble_pipeline(vae, text_encoder, tokenizer, unet)
     pipeline.to(dtype=torch.float16).save_pretrained(RUNS_DIR / "pipeline", safe_serialization=True)
+    shutil.copytree(RUNS_DIR / "pipeline", MODEL_DIR, dirs_exist_ok=True)
 
 
 if __name__ == "__main__":
