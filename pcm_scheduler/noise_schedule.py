@@ -7,6 +7,7 @@ Variance-exploding coordinates (k-diffusion, ComfyUI) are `x_t / alpha_t`, that 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -70,19 +71,23 @@ def make_alphas_cumprod(betas: torch.Tensor | Sequence[float]) -> torch.Tensor:
     """`prod(1 - beta)` up to each timestep.
 
     Args:
-        betas: T values in [0, 1].
+        betas: T values in [0, 1]; larger ones warn, as other schedulers let them pass.
 
     Returns:
         shape (T,), float32.
 
     Raises:
-        ValueError: a beta is not a number in [0, 1].
+        ValueError: a beta is negative or not a finite number.
     """
     betas = torch.as_tensor(betas, dtype=torch.float32)
-    bad = ~((betas >= 0) & (betas <= 1))  # also true for NaN
-    if bad.any():
-        index = int(bad.nonzero()[0])
-        raise ValueError(f"Betas are variances in [0, 1]; number {index} of {len(betas)} is {betas[index].item()}.")
+    bad = ~((betas >= 0) & betas.isfinite())  # also true for NaN
+    outside = bad if bad.any() else betas > 1
+    if outside.any():
+        index = int(outside.nonzero()[0])
+        message = f"Betas are variances in [0, 1]; number {index} of {len(betas)} is {betas[index].item()}."
+        if bad.any():
+            raise ValueError(message)
+        warnings.warn(f"{message} Timesteps from there on have no noise level.", stacklevel=2)
     return (1 - betas).cumprod(0)
 
 

@@ -130,7 +130,7 @@ class PCMScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps: int | None = None
         self.timesteps = torch.tensor(self.grid.sampling_timesteps(self.grid.num_phases))
         self._alphas, self._sigmas = alphas_and_sigmas(self.alphas_cumprod)
-        self._coefficients: list[tuple[float, ...]] = []
+        self._coefficients: list[list[float]] = []
         self._coefficient_table = torch.empty(0, 7)
         self._noising_levels: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
         self._warned_eta = False
@@ -227,28 +227,31 @@ class PCMScheduler(SchedulerMixin, ConfigMixin):
             stops = self._check_timesteps(timesteps)
         else:
             stops = list(self.grid.sampling_timesteps(num_inference_steps, strength))
-        if self.config.prediction_type == "epsilon" and self._alphas[stops[0]] == 0:
+        proper = self.betas.max() <= 1  # others were warned about
+        if self.config.prediction_type == "epsilon" and self._alphas[stops[0]] == 0 and proper:
             raise ValueError(
                 f"At timestep {stops[0]} alpha is 0 (zero terminal SNR) and an epsilon prediction says nothing about x_0: "
                 "use a v_prediction model, or set rescale_betas_zero_snr=False."
             )
         self.num_inference_steps = len(stops)
         self.timesteps = torch.tensor(stops, dtype=torch.int64, device=device)
-        alphas, sigmas = self._alphas[stops].tolist(), self._sigmas[stops].tolist()
-        last = (1.0, 0.0) if self.config.final_sigmas_type == "zero" else (self._alphas[0].item(), self._sigmas[0].item())
-        nexts = [*zip(alphas[1:], sigmas[1:], strict=True), last]
-        self._coefficients = [
-            self._step_coefficients(*level, *next_level)
-            for level, next_level in zip(zip(alphas, sigmas, strict=True), nexts, strict=True)
-        ]
-        self._coefficient_table = torch.tensor(self._coefficients)  # stays on the CPU: no kernel waits for its scalars
+        table = self._step_coefficients(stops)
+        self._coefficients = table.tolist()
+        self._coefficient_table = table.float()  # stays on the CPU: no kernel waits for its scalars
         self._step_index = None
         self._begin_index = None
 
-    def _step_coefficients(self, alpha: float, sigma: float, next_alpha: float, next_sigma: float) -> tuple[float, ...]:
-        """x_0 = a x + b F, eps = c x + d F, and x_s = p x + q F at eta = 0: (a, b, c, d, p, q, sigma_s)."""
-        a, b, c, d = map(float, prediction_coefficients(self.config.prediction_type, alpha, sigma))
-        return a, b, c, d, next_alpha * a + next_sigma * c, next_alpha * b + next_sigma * d, next_sigma
+    def _step_coefficients(self, stops: list[int]) -> torch.Tensor:
+        """Rows (a, b, c, d, p, q, sigma_s), (K, 7) float64: x_0 = a x + b F, eps = c x + d F, x_s = p x + q F at eta = 0."""
+        alpha, sigma = self._alphas[stops], self._sigmas[stops]
+        last = (alpha.new_ones(1), alpha.new_zeros(1))
+        if self.config.final_sigmas_type == "sigma_min":
+            last = (self._alphas[:1], self._sigmas[:1])
+        next_alpha, next_sigma = torch.cat([alpha[1:], last[0]]), torch.cat([sigma[1:], last[1]])
+        from_network = prediction_coefficients(self.config.prediction_type, alpha, sigma)
+        a, b, c, d = (torch.as_tensor(value, dtype=alpha.dtype).expand_as(alpha) for value in from_network)
+        p, q = next_alpha * a + next_sigma * c, next_alpha * b + next_sigma * d
+        return torch.stack([a, b, c, d, p, q, next_sigma], dim=1)
 
     def _check_timesteps(self, timesteps: Sequence[int] | torch.Tensor) -> list[int]:
         values = timesteps.tolist() if isinstance(timesteps, torch.Tensor) else list(timesteps)

@@ -74,10 +74,16 @@ def test_zero_terminal_snr():
     torch.testing.assert_close(alphas**2 + sigmas**2, torch.ones(1000, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("bad", [math.nan, -0.1, 1.5, math.inf])
+@pytest.mark.parametrize("bad", [math.nan, -0.1, math.inf])
 def test_bad_betas_are_named(bad):
     with pytest.raises(ValueError, match="number 2 of 4"):
         make_alphas_cumprod([0.1, 0.2, bad, 0.3])
+
+
+def test_betas_above_one_warn_and_leave_the_rest_of_the_table_usable():
+    """diffusers' own test suite builds such schedulers and steps below the bad betas."""
+    with pytest.warns(UserWarning, match="number 1 of 2"):
+        assert make_alphas_cumprod([0.1, 1.5])[0].item() == pytest.approx(0.9)
 
 
 def test_unknown_names_are_refused_with_the_choices():
