@@ -36,10 +36,11 @@ measure: $(STAMP) ## the tables in docs/results.md: Frechet distances and all
 bench: $(STAMP) ## the tables in benchmarks/README.md
 	$(PY) benchmarks/scheduler_step.py --write
 
-shapes: $(STAMP) ## train the shapes model again, from the seed
+shapes: $(STAMP) ## train and measure the shapes model again
 	$(PY) examples/shapes/train_autoencoder.py
 	$(PY) examples/shapes/train_classifier.py
 	$(PY) examples/shapes/train_denoiser.py
+	$(PY) examples/shapes/measure_teacher.py
 
 adapters: $(STAMP) ## distil the shapes adapters again
 	$(PY) examples/shapes/distil.py

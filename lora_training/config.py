@@ -114,7 +114,7 @@ class TrainConfig:
     Attributes:
         output: the adapter file that is written, `.safetensors`.
         title: its human name.
-        seed: of everything random.
+        seed: of everything random; 0 or more.
         mixed_precision: of the networks; the adapter itself stays in float32.
         checkpoint_every: steps between checkpoints, from which an interrupted run goes on.
     """
@@ -149,6 +149,8 @@ class TrainConfig:
         for name, value in positive.items():
             if value <= 0:
                 raise ValueError(f"{name} must be positive; got {value}.")
+        if self.seed < 0:
+            raise ValueError(f"seed must be 0 or more; got {self.seed}.")
         _ = self.grid(1000)
 
     def grid(self, num_train_timesteps: int) -> PhaseGrid:

@@ -22,6 +22,7 @@ from .config import OptimizerConfig, TrainConfig
 from .cpu import keep_freed_memory, use_plain_attention
 from .data.latent_cache import TrainingData, load_training_data
 from .objectives import ConsistencyObjective
+from .randomness import generator_of
 
 
 def run(config: TrainConfig) -> Path:
@@ -66,7 +67,7 @@ def run(config: TrainConfig) -> Path:
     )  # fmt: skip
     smoothed = None
     for step in bar:
-        generator = torch.Generator().manual_seed(_step_seed(config.seed, step, accelerator.process_index))
+        generator = generator_of(config.seed, accelerator.process_index, step)
         latents, prompt_embeds = _batch(data, config.optimizer.batch_size, generator, accelerator.device)
         learning_rate = _learning_rate(config.optimizer, step)
         for group in optimizer.param_groups:
@@ -132,10 +133,6 @@ def _learning_rate(config: OptimizerConfig, step: int) -> float:
         return config.learning_rate
     progress = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def _step_seed(seed: int, step: int, process: int) -> int:
-    return (((seed * 1_000_003 + process) << 32) + step) % 2**63  # torch takes 63 bits without a sign
 
 
 def _batch(

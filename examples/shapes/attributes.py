@@ -59,27 +59,23 @@ def attribute_loss(logits: Logits, truth: Labels) -> torch.Tensor:
 class AttributeClassifier(nn.Module):
     """A small convolutional network over pictures (N, 3, 128, 128) in [-1, 1]."""
 
-    feature_width = 64
+    widths = (16, 32, 64, 96, 64)  # channels after each block of the trunk
 
     def __init__(self):
         super().__init__()
-        widths = (3, 16, 32, 64, 96)
         layers: list[nn.Module] = []
-        for before, after in pairwise(widths):
+        for before, after in pairwise((3, *self.widths[:-1])):
             layers += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.GroupNorm(8, after), nn.SiLU()]
-        layers += [
-            nn.Conv2d(widths[-1], self.feature_width, 3, padding=1),
-            nn.GroupNorm(8, self.feature_width),
-            nn.SiLU(),
-        ]
+        before, after = self.widths[-2:]
+        layers += [nn.Conv2d(before, after, 3, padding=1), nn.GroupNorm(8, after), nn.SiLU()]
         self.trunk = nn.Sequential(*layers)  # (N, 64, 8, 8)
-        self.where = nn.Sequential(nn.Conv2d(self.feature_width, 64, 4, stride=2, padding=1), nn.SiLU(), nn.Flatten())
+        self.where = nn.Sequential(nn.Conv2d(after, 64, 4, stride=2, padding=1), nn.SiLU(), nn.Flatten())
         self.hidden = nn.Sequential(nn.Linear(1024, 256), nn.SiLU())
         self.heads = AttributeHeads(256)
 
-    def features(self, images: torch.Tensor) -> torch.Tensor:
-        """The trunk's channels averaged over the picture, (N, 64): the space Frechet distances are measured in."""
-        return self.trunk(images).mean(dim=(2, 3))
+    def features(self, images: torch.Tensor, blocks: int) -> torch.Tensor:
+        """The channels after the first `blocks` blocks of the trunk, averaged over the picture, (N, widths[blocks - 1])."""
+        return self.trunk[: 3 * blocks](images).mean(dim=(2, 3))
 
     def embedding(self, images: torch.Tensor) -> torch.Tensor:
         """The last layer before the answers, (N, 256): what and where; the space consistency is measured in."""

@@ -14,7 +14,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from evaluate import ADAPTERS, SEARCH_SEED, Judge, Studio, held_out_scenes, model_fingerprint, noise, prompts_of
+from evaluate import ADAPTERS, Judge, Studio, held_out_scenes, model_fingerprint, noise, prompts_of
 from write_dataset import write_dataset
 
 from lora_training.config import TrainConfig
@@ -22,6 +22,7 @@ from lora_training.loop import run
 from lora_training.train import parse
 
 from model import HERE, RUNS_DIR
+from scenes import SEARCH_SEED
 
 LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 GUIDANCE_SCALES = (1.0, 1.5, 2.0)

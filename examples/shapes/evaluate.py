@@ -17,17 +17,18 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
 
 from lora_training.cpu import keep_freed_memory
+from lora_training.randomness import generator_of
 from pcm_scheduler import load_pcm_lora
 
 from attributes import AttributeClassifier, judge, load_classifier, rates
 from model import HERE, MODEL_DIR, build_scheduler, load_pipeline
-from scenes import Scene, caption, sample_scene
+from scenes import TEST_SEED, Scene, caption, sample_scene
 
 ADAPTERS = {"PCM": HERE / "adapters" / "pcm_4phase.safetensors", "LCM": HERE / "adapters" / "lcm.safetensors"}
 TEACHER_STATISTICS = HERE / "teacher_statistics.safetensors"
 TEACHER_STEPS, TEACHER_GUIDANCE = 50, 5.0
 STEPS = (1, 2, 4, 8, 16)
-TEST_SEED, SEARCH_SEED = 103, 104  # streams of scenes that no training script draws from
+FRECHET_BLOCKS = 3  # 64 channels that look at 22 pixels: local form, edges, texture. Deeper ones are trained not to see blur
 
 
 def held_out_scenes(count: int, seed: int = TEST_SEED) -> list[Scene]:
@@ -50,7 +51,7 @@ def prompts_of(scenes: list[Scene]) -> list[str]:
 
 def noise(count: int, seed: int) -> torch.Tensor:
     """Initial latents (count, 4, 16, 16), one generator per picture, so that batches do not matter."""
-    draws = [torch.randn(4, 16, 16, generator=torch.Generator().manual_seed((seed << 32) + i)) for i in range(count)]
+    draws = [torch.randn(4, 16, 16, generator=generator_of(seed, i)) for i in range(count)]
     return torch.stack(draws)
 
 
@@ -155,16 +156,15 @@ class Studio:
 
 
 class _Features(nn.Module):
-    """uint8 pictures to the classifier's 64 averaged channels."""
+    """uint8 pictures to the classifier's averaged channels at some depth."""
 
-    num_features = AttributeClassifier.feature_width
-
-    def __init__(self, classifier: AttributeClassifier):
+    def __init__(self, classifier: AttributeClassifier, blocks: int):
         super().__init__()
-        self.classifier = classifier
+        self.classifier, self.blocks = classifier, blocks
+        self.num_features = classifier.widths[blocks - 1]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.classifier.features(images.float() / 127.5 - 1)
+        return self.classifier.features(images.float() / 127.5 - 1, self.blocks)
 
 
 class Judge:
@@ -186,18 +186,30 @@ class Judge:
         embeddings = [self.classifier.embedding(images.float() / 127.5 - 1) for images in (few, many)]
         return nn.functional.cosine_similarity(*embeddings).mean().item()
 
-    def frechet(self) -> FrechetInceptionDistance:
-        """An empty Frechet distance over the classifier's features."""
-        return FrechetInceptionDistance(feature=_Features(self.classifier), reset_real_features=False)
+    def frechet(self, blocks: int = FRECHET_BLOCKS) -> FrechetInceptionDistance:
+        """An empty Frechet distance over the classifier's features after that many blocks."""
+        return FrechetInceptionDistance(feature=_Features(self.classifier, blocks), reset_real_features=False)
 
     def frechet_to_teacher(self, images: torch.Tensor, statistics: Path = TEACHER_STATISTICS) -> float:
         """Frechet distance (x 1000) of uint8 pictures to the teacher's stored statistics."""
         metric = self.frechet()
         for name, tensor in load_file(statistics).items():
             setattr(metric, name, tensor)
-        for part in images.split(256):
-            metric.update(part, real=False)
-        return 1000 * metric.compute().item()
+        return distance(metric, images)
+
+
+def add_reference(metric: FrechetInceptionDistance, images: torch.Tensor) -> None:
+    """Count uint8 pictures (N, 3, H, W) as those to be near to."""
+    for part in images.split(256):
+        metric.update(part, real=True)
+
+
+def distance(metric: FrechetInceptionDistance, images: torch.Tensor) -> float:
+    """Frechet distance (x 1000) of uint8 pictures to the metric's reference."""
+    metric.reset()  # forgets other pictures, not the reference
+    for part in images.split(256):
+        metric.update(part, real=False)
+    return 1000 * metric.compute().item()
 
 
 def teacher_state(metric: FrechetInceptionDistance) -> dict[str, torch.Tensor]:

@@ -54,6 +54,11 @@ BACKGROUNDS = {
 }
 TEXTURES = ("plain", "striped", "checkered", "dotted")
 
+# Streams of scenes: what learns from one is never judged by it.
+TRAIN_SEED = 1  # autoencoder, denoiser, adapters
+CLASSIFIER_SEED, CLASSIFIER_TEST_SEED = 2, 102
+TEST_SEED, SEARCH_SEED = 103, 104  # what is measured, and what settings are chosen by
+
 # One colour of every shape is never drawn in training: the held-out combinations.
 HELD_OUT = frozenset((shape, tuple(COLOURS)[(3 * i + 1) % len(COLOURS)]) for i, shape in enumerate(SHAPES))
 

@@ -17,10 +17,9 @@ from tqdm import tqdm
 from lora_training.cpu import keep_freed_memory
 
 from model import RUNS_DIR, build_autoencoder
-from scenes import object_masks, render, sample_scene
+from scenes import TRAIN_SEED, object_masks, render, sample_scene
 from training import train
 
-TRAIN_SEED = 1
 CROP = 64
 KL_WEIGHT = 2e-4  # per latent element, against a mean absolute error per pixel
 OBJECT_WEIGHT = 6.0

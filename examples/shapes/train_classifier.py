@@ -17,10 +17,8 @@ from pcm_scheduler.lora_file import write_safetensors
 
 from attributes import CLASSIFIER_FILE, AttributeClassifier, attribute_loss
 from model import RUNS_DIR
-from scenes import Labels, labels, render, sample_scene
+from scenes import CLASSIFIER_SEED, CLASSIFIER_TEST_SEED, Labels, labels, render, sample_scene
 from training import train
-
-TRAIN_SEED, TEST_SEED = 2, 102
 
 
 def worn(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -63,7 +61,7 @@ def main() -> None:
     keep_freed_memory()
     torch.manual_seed(0)
     classifier = AttributeClassifier()
-    images, truth = drawn(TRAIN_SEED, args.scenes)
+    images, truth = drawn(CLASSIFIER_SEED, args.scenes)
 
     def loss(generator: torch.Generator) -> torch.Tensor:
         which = torch.randint(len(images), (args.batch,), generator=generator)
@@ -75,7 +73,7 @@ def main() -> None:
         return attribute_loss(logits, picked)
 
     train(classifier, loss, steps=args.steps, peak_learning_rate=2e-3, checkpoint=RUNS_DIR / "classifier.safetensors")
-    table = accuracy(classifier, *drawn(TEST_SEED, 2048))
+    table = accuracy(classifier, *drawn(CLASSIFIER_TEST_SEED, 2048))
     print("held-out renders:", {name: round(value, 4) for name, value in table.items()})
     write_safetensors(
         {name: p.half() for name, p in classifier.state_dict().items()},

@@ -1,10 +1,10 @@
-"""Train the shapes UNet jointly with its text encoder on cached latents, and save the pipeline; about an hour on two cores.
+"""Train the shapes UNet jointly with its text encoder on cached latents, and save the pipeline; about 90 minutes on two cores.
 
 The text encoder first learns for a few minutes to name what a caption says (as CLIP's has learned from pictures
-before Stable Diffusion sees it); then both are trained on the noise prediction, with a little of that lesson kept up.
-Places are decided at the highest noise levels, where the plain loss hardly looks, and a trace of the picture is left
-even at the last timestep of Stable Diffusion's schedule, although sampling starts from pure noise. So a last stage
-weighs those levels up and shows pure noise at the last.
+before Stable Diffusion sees it); then both are trained on the noise prediction. Places are decided at the highest noise
+levels, where the plain loss hardly looks, and a trace of the picture is left even at the last timestep of Stable
+Diffusion's schedule, although sampling starts from pure noise. So a last stage weighs those levels up, shows pure noise
+at the last, and keeps up a little of the first lesson, for by then the text encoder has begun to forget the places.
 
     python examples/shapes/train_denoiser.py
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -27,14 +28,30 @@ from pcm_scheduler.lora_file import write_safetensors
 
 from attributes import AttributeHeads, attribute_loss
 from model import MODEL_DIR, RUNS_DIR, assemble_pipeline, build_scheduler, build_text_encoder, build_tokenizer, build_unet
-from scenes import all_wordings, caption, labels, render, sample_scene
+from scenes import TRAIN_SEED, all_wordings, caption, labels, render, sample_scene
 from training import train
 
-TRAIN_SEED = 1
 OMIT = 0.12  # each of size, place, background is left unsaid this often
 CAPTION_DROPOUT = 0.1  # for classifier-free guidance
-READING_WEIGHT = 0.02  # without it the text encoder forgets places before the UNet has learned to use them
 LAYOUT_FROM, LAYOUT_WEIGHT = 600, 50.0  # timesteps that decide where things are, and the most that one of them weighs
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training of UNet and text encoder, from the weights that the one before has left."""
+
+    name: str
+    seed: int
+    steps: int
+    learning_rate: float
+    layout: bool  # look mostly at the noise levels that decide where things are
+    reading_weight: float  # of naming the scene, beside the noise prediction
+
+
+STAGES = (
+    Stage("all", seed=1, steps=6000, learning_rate=1.2e-3, layout=False, reading_weight=0.0),
+    Stage("layout", seed=2, steps=6000, learning_rate=0.8e-3, layout=True, reading_weight=0.02),
+)
 
 
 @torch.no_grad()
@@ -54,7 +71,7 @@ def cached_moments(vae: AutoencoderKL, count: int) -> dict[str, torch.Tensor]:
 
 
 class CaptionReader(nn.Module):
-    """The text encoder with heads that name the scene, for its first lesson."""
+    """The text encoder with heads that name the scene from its pooled output."""
 
     def __init__(self, text_encoder: nn.Module, width: int):
         super().__init__()
@@ -64,10 +81,7 @@ class CaptionReader(nn.Module):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--layout-steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=1.2e-3)
     parser.add_argument("--scenes", type=int, default=20480)
     parser.add_argument("--reading-steps", type=int, default=1500)
     args = parser.parse_args()
@@ -107,7 +121,7 @@ def main() -> None:
         checkpoint=RUNS_DIR / "reader.safetensors",
     )
 
-    def denoising_loss(generator: torch.Generator, layout: bool) -> torch.Tensor:
+    def denoising_loss(generator: torch.Generator, stage: Stage) -> torch.Tensor:
         which = torch.randint(len(scenes), (args.batch,), generator=generator)
         mean, std = moments["mean"][which].float(), moments["std"][which].float()
         latents = (mean + std * torch.randn(mean.shape, generator=generator)) * vae.config.scaling_factor
@@ -115,7 +129,7 @@ def main() -> None:
         timesteps = torch.randint(scheduler.config.num_train_timesteps, (args.batch,), generator=generator)
         weight = torch.ones(args.batch)
         seen = torch.ones(args.batch, 1, 1, 1)  # how much of the picture the network gets to see
-        if layout:
+        if stage.layout:
             draw = torch.rand(args.batch, generator=generator)
             noisiest = torch.randint(LAYOUT_FROM, scheduler.config.num_train_timesteps, (args.batch,), generator=generator)
             timesteps = torch.where(draw < 0.6, noisiest, timesteps)
@@ -131,19 +145,21 @@ def main() -> None:
             text = text_encoder(ids)
             predicted = unet(noisy, timesteps, text.last_hidden_state).sample
         loss = (weight * (predicted.float() - target).square().mean(dim=(1, 2, 3))).mean()
+        if not stage.reading_weight:
+            return loss
         told = [i for i, drop in enumerate(dropped) if not drop]
         named = reader.heads(text.pooler_output[told].float())
-        return loss + READING_WEIGHT * attribute_loss(named, labels([scenes[which[i]] for i in told]))
+        return loss + stage.reading_weight * attribute_loss(named, labels([scenes[which[i]] for i in told]))
 
     denoiser = nn.ModuleDict({"unet": unet, "reader": reader})
-    for stage, steps in (("all", args.steps), ("layout", args.layout_steps)):
+    for stage in STAGES:
         train(
             denoiser,
-            partial(denoising_loss, layout=stage == "layout"),
-            steps=steps,
-            peak_learning_rate=args.learning_rate if stage == "all" else args.learning_rate / 1.5,
-            checkpoint=RUNS_DIR / f"denoiser-{stage}.safetensors",
-            seed=1 if stage == "all" else 2,
+            partial(denoising_loss, stage=stage),
+            steps=stage.steps,
+            peak_learning_rate=stage.learning_rate,
+            checkpoint=RUNS_DIR / f"denoiser-{stage.name}.safetensors",
+            seed=stage.seed,
         )
     pipeline = assemble_pipeline(vae, text_encoder, tokenizer, unet)
     pipeline.to(dtype=torch.float16).save_pretrained(RUNS_DIR / "pipeline", safe_serialization=True)

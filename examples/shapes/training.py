@@ -16,6 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from lora_training.checkpoint import load_checkpoint, save_checkpoint
+from lora_training.randomness import generator_of, seed_of
 
 LossFunction = Callable[[torch.Generator], torch.Tensor]
 
@@ -56,8 +57,8 @@ def train(
     smoothed, last_save = None, time.monotonic()
     module.train()
     for step in bar:
-        generator = torch.Generator().manual_seed((seed << 32) + step)
-        torch.manual_seed((seed << 32) + step)  # dropout
+        generator = generator_of(seed, step)
+        torch.manual_seed(seed_of(seed, step))  # dropout
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak_learning_rate)
         loss = loss_function(generator)

@@ -12,9 +12,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from scenes import caption, render, sample_scene
-
-TRAIN_SEED = 1
+from scenes import TRAIN_SEED, caption, render, sample_scene
 
 
 def write_dataset(folder: Path, count: int, seed: int = TRAIN_SEED) -> None:

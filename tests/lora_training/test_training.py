@@ -23,8 +23,9 @@ from lora_training.config import (
     TrainConfig,
 )
 from lora_training.data.captioned_images import find_images, load_image
-from lora_training.loop import _step_seed, run
+from lora_training.loop import run
 from lora_training.objectives import ConsistencyObjective, pseudo_huber
+from lora_training.randomness import generator_of
 from lora_training.teacher import ddim_step
 from lora_training.train import parse
 from pcm_scheduler import load_pcm_lora, read_settings
@@ -97,9 +98,11 @@ def test_an_interrupted_run_ends_with_the_same_weights(pictures, tmp_path, monke
         torch.testing.assert_close(load_file(resumed)[key], tensor, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("seed", [0, 12345, 2**31])
-def test_any_seed_is_a_seed_of_torch(seed):
-    torch.Generator().manual_seed(_step_seed(seed, 10**6, 7))
+def test_seed_process_and_step_each_change_the_noise():
+    names = [(seed, process, step) for seed in (0, 1, 2**31, 2**40) for process in (0, 1, 7) for step in (0, 1, 10**6)]
+    draws = {tuple(torch.randn(4, generator=generator_of(*name)).tolist()) for name in names}
+    assert len(draws) == len(names)
+    torch.testing.assert_close(torch.randn(4, generator=generator_of(3, 1)), torch.randn(4, generator=generator_of(3, 1)))
 
 
 @pytest.fixture(scope="module")
