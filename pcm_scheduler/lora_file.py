@@ -148,7 +148,10 @@ def write_safetensors(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
+    temporary.touch()
+    mode = temporary.stat().st_mode  # as every new file here; safetensors would let the owner alone read it
     save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary, metadata=dict(metadata or {}))
+    temporary.chmod(mode)
     os.replace(temporary, path)
 
 
@@ -202,14 +205,34 @@ def write_adapter(
         "modelspec.implementation": "diffusers",
         "modelspec.title": title,
         "modelspec.prediction_type": "v" if settings.prediction_type == "v_prediction" else settings.prediction_type,
-        "modelspec.usage_hint": (
-            f"PCMScheduler, {settings.num_inference_steps} steps, guidance {settings.guidance_scale:g}, eta {settings.eta:g}"
-        ),
+        "modelspec.usage_hint": _usage_hint(settings),
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(max(ranks)) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": str(_only(list(alphas.values()))),
     }
     write_safetensors(tensors, path, {**header, **(extra or {})})
+
+
+def restate(
+    path: str | os.PathLike, output: str | os.PathLike, settings: AdapterSettings, extra: Mapping[str, str] | None = None
+) -> None:
+    """The same tensors under a header that says something else, such as another recommended guidance.
+
+    Args:
+        path: an adapter file.
+        output: where the new one is written; may be `path`.
+        settings: for the new header; entries that are not settings are kept.
+        extra: further entries, new or replaced.
+    """
+    with safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        header = file.metadata() or {}
+    stated = settings.to_header() | {"modelspec.usage_hint": _usage_hint(settings)}
+    write_safetensors(tensors, output, header | stated | dict(extra or {}))
+
+
+def _usage_hint(settings: AdapterSettings) -> str:
+    return f"PCMScheduler, {settings.num_inference_steps} steps, guidance {settings.guidance_scale:g}, eta {settings.eta:g}"
 
 
 def _only(values: Sequence[float]) -> float | str:

@@ -181,10 +181,13 @@ class Judge:
         return rates(verdicts)
 
     @torch.no_grad()
+    def embeddings(self, images: torch.Tensor) -> torch.Tensor:
+        """What and where, as the classifier sees it: (N, 256) from uint8 pictures (N, 3, 128, 128)."""
+        return torch.cat([self.classifier.embedding(part.float() / 127.5 - 1) for part in images.split(256)])
+
     def consistency(self, few: torch.Tensor, many: torch.Tensor) -> float:
         """Mean cosine between the embeddings of two pictures of each prompt."""
-        embeddings = [self.classifier.embedding(images.float() / 127.5 - 1) for images in (few, many)]
-        return nn.functional.cosine_similarity(*embeddings).mean().item()
+        return nn.functional.cosine_similarity(self.embeddings(few), self.embeddings(many)).mean().item()
 
     def frechet(self, blocks: int = FRECHET_BLOCKS) -> FrechetInceptionDistance:
         """An empty Frechet distance over the classifier's features after that many blocks."""

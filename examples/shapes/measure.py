@@ -6,9 +6,12 @@ make measure        (or: python examples/shapes/measure.py)
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
+import torch
 from evaluate import (
     ADAPTERS,
     STEPS,
@@ -18,17 +21,22 @@ from evaluate import (
     Judge,
     Studio,
     held_out_scenes,
+    model_fingerprint,
     noise,
     prompts_of,
 )
 from pictures import contact_sheet, save
 from safetensors import safe_open
+from safetensors.torch import load_file
 from tabulate import tabulate
 
-from model import HERE
+from pcm_scheduler.lora_file import write_safetensors
+
+from model import HERE, RUNS_DIR
 
 DOCS = HERE.parent.parent / "docs"
 SHOWN = 9
+LABELS = {"PCM": "PCM", "LCM": "LCM", "teacher": "plain DDIM"}
 
 
 def report(rows: list[list[str]], consistency: dict[str, float], images: int, teacher: dict[str, str], search: dict) -> str:
@@ -37,15 +45,7 @@ def report(rows: list[list[str]], consistency: dict[str, float], images: int, te
     settings = "; ".join(
         f"{name} learning rate {b['learning_rate']:g}, sampling guidance {b['guidance_scale']:g}" for name, b in chosen.items()
     )
-    headers = [
-        "method",
-        "steps",
-        "Frechet distance x 1000",
-        "shape and colour",
-        "place",
-        "background",
-        "seconds per image",
-    ]
+    headers = ["method", "steps", "Frechet distance x 1000", "shape and colour", "place", "background"]
     return f"""# Results on the shapes model
 
 Written by `examples/shapes/measure.py` (`make measure`); no figure is typed by hand. They are of a small model on drawn scenes
@@ -68,38 +68,68 @@ distance: a blur is consistent too): {", ".join(f"{name} {value:.3f}" for name, 
 """
 
 
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A method at one number of steps: figures, what consistency needs, and pictures to show."""
+
+    frechet: float
+    right: dict[str, float]
+    embeddings: torch.Tensor  # (N, width), fp16
+    shown: torch.Tensor  # uint8 (SHOWN, 3, 128, 128)
+
+
+def measured(name: str, steps: int, images: int, studio: Studio, jury: Judge) -> Row:
+    """From disk if this very adapter has been measured before, for a row takes minutes."""
+    weights = hashlib.sha256(ADAPTERS[name].read_bytes()).hexdigest()[:12] if name in ADAPTERS else "none"
+    guidance = f"{studio.methods[name].guidance_scale:g}"
+    path = RUNS_DIR / "measured" / model_fingerprint() / f"{weights}-guidance{guidance}-{steps}steps-{images}.safetensors"
+    if not path.exists():
+        scenes = held_out_scenes(images)
+        latents = noise(images, seed=2)
+        drawn = studio.generate(studio.methods[name], prompts_of(scenes), latents, steps, progress=f"{name}, {steps} steps")
+        figures = {"frechet": jury.frechet_to_teacher(drawn), "right": jury.alignment(drawn, scenes)}
+        kept = {"embeddings": jury.embeddings(drawn).half(), "shown": drawn[:SHOWN]}
+        write_safetensors(kept, path, {"figures": json.dumps(figures)})
+    with safe_open(path, framework="pt") as file:
+        figures = json.loads(file.metadata()["figures"])
+    print(f"{name}, {steps} steps: {figures}", flush=True)
+    return Row(**figures, **load_file(path))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=2048)
     parser.add_argument("--out", type=Path, default=DOCS)
+    parser.add_argument("--only", choices=list(LABELS), help="measure this one, keep its rows for a later run, and stop")
     args = parser.parse_args()
 
     studio, jury = Studio(fast=True), Judge()
-    scenes = held_out_scenes(args.images)
-    prompts, latents = prompts_of(scenes), noise(args.images, seed=2)
-    rows, consistency, shown = [], {}, {}
-    for name, label in {"PCM": "PCM", "LCM": "LCM", "teacher": "plain DDIM"}.items():
-        method, ends = studio.methods[name], {}
-        for steps in STEPS:
-            images = studio.generate(method, prompts, latents, steps, progress=f"{label} {steps}")
-            distance, right = jury.frechet_to_teacher(images), jury.alignment(images, scenes)
-            seconds = studio.seconds_per_image(method, prompts, steps)
-            shares = [f"{100 * right[key]:.1f}%" for key in ("shape_and_colour", "place", "background")]
-            rows.append([label, steps, f"{distance:.2f}", *shares, f"{seconds:.3f}"])
-            print(rows[-1], flush=True)
-            if name in ADAPTERS:
-                shown[f"{name}, {steps} step{'s' * (steps > 1)}"] = images[:SHOWN]
-            if steps in (STEPS[0], STEPS[-1]):
-                ends[steps] = images
-        consistency[label] = jury.consistency(ends[STEPS[0]], ends[STEPS[-1]])
-    shown[f"teacher, {TEACHER_STEPS} steps"] = studio.generate(
-        studio.methods["teacher"], prompts[:SHOWN], latents[:SHOWN], TEACHER_STEPS
-    )
+    rows = {
+        (name, steps): measured(name, steps, args.images, studio, jury)
+        for name in ([args.only] if args.only else LABELS)
+        for steps in STEPS
+    }
+    if args.only:
+        return
+    table = [
+        [LABELS[name], steps, f"{row.frechet:.2f}"]
+        + [f"{100 * row.right[key]:.1f}%" for key in ("shape_and_colour", "place", "background")]
+        for (name, steps), row in rows.items()
+    ]
+    consistency = {
+        label: torch.nn.functional.cosine_similarity(
+            *(rows[name, steps].embeddings.float() for steps in (STEPS[0], STEPS[-1]))
+        ).mean()
+        for name, label in LABELS.items()
+    }
+    shown = {f"{n}, {steps} step{'s' * (steps > 1)}": row.shown for (n, steps), row in rows.items() if n in ADAPTERS}
+    prompts, latents = prompts_of(held_out_scenes(args.images))[:SHOWN], noise(SHOWN, seed=2)
+    shown[f"teacher, {TEACHER_STEPS} steps"] = studio.generate(studio.methods["teacher"], prompts, latents, TEACHER_STEPS)
     save(contact_sheet(shown), args.out / "contact_sheet.png")
     with safe_open(TEACHER_STATISTICS, framework="pt") as file:
         teacher = file.metadata()
     search = {name: json.loads(path.with_suffix(".search.json").read_text(encoding="utf-8")) for name, path in ADAPTERS.items()}
-    (args.out / "results.md").write_text(report(rows, consistency, args.images, teacher, search), encoding="utf-8")
+    (args.out / "results.md").write_text(report(table, consistency, args.images, teacher, search), encoding="utf-8")
 
 
 if __name__ == "__main__":

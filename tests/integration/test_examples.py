@@ -32,13 +32,13 @@ def run(arguments: list[str], **environment: str) -> str:
         ("controlnet.py", [], "[999, 739, 499, 239]"),
     ],
 )
-def test_example_scripts(trained_adapters, script, arguments, timesteps, tmp_path):
+def test_example_scripts(script, arguments, timesteps, tmp_path):
     out = tmp_path / "picture.png"
     assert timesteps in run([f"examples/{script}", *arguments, "--out", str(out)])
     assert Image.open(out).size == (128, 128)
 
 
-def test_readme_python_runs(trained_adapters, tmp_path):
+def test_readme_python_runs(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert blocks
     for i, block in enumerate(blocks):

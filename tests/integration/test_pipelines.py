@@ -117,7 +117,7 @@ def test_image_to_image_starts_at_a_stop(pipe, strength):
     assert visited == stops[10 - int(10 * strength) :]
 
 
-def test_image_to_image_with_little_strength_keeps_the_picture(trained_model, pipe):
+def test_image_to_image_with_little_strength_keeps_the_picture(pipe):
     """No noise may be left in the result, LCMScheduler's known fault."""
     original = call(pipe, prompt="a large red star in the center on a plain sky background", latents=noise())
     edit = AutoPipelineForImage2Image.from_pipe(pipe)
@@ -128,7 +128,7 @@ def test_image_to_image_with_little_strength_keeps_the_picture(trained_model, pi
     assert (edited - original).abs().mean() < 0.06
 
 
-def test_inpaint_changes_only_the_mask_in_latents(trained_model, pipe):
+def test_inpaint_changes_only_the_mask_in_latents(pipe):
     paint = StableDiffusionInpaintPipeline(**pipe.components, requires_safety_checker=False)
     paint.set_progress_bar_config(disable=True)
     mask = Image.fromarray(np.pad(np.full((128, 64), 255, np.uint8), ((0, 0), (64, 0))))

@@ -183,7 +183,7 @@ def test_pictures_of_every_kind_and_shape_are_read(tmp_path, extension):
     assert image[0].mean() > 0.9
 
 
-def test_bad_data_is_named_not_waited_for(tmp_path, backbone, pictures):
+def test_bad_data_is_named_not_waited_for(tmp_path, pictures):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         find_images(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no pictures"):

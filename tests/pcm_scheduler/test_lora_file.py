@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -106,6 +108,12 @@ def test_overrides_win_over_the_header(adapter_file):
     pipe = load_pipeline()
     assert load_pcm_lora(pipe, adapter_file, num_phases=2).grid.num_phases == 2
     assert load_pcm_lora(load_pipeline(), adapter_file, phase_edges=(0, 499, 999)).grid.edges == (0, 499, 999)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+def test_files_are_readable_by_whom_new_files_are(adapter_file, tmp_path):
+    (tmp_path / "any").touch()
+    assert adapter_file.stat().st_mode == (tmp_path / "any").stat().st_mode
 
 
 def test_malformed_files_are_named(tmp_path):

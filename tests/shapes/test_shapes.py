@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from evaluate import ADAPTERS, Judge, Studio, held_out_scenes, noise, prompts_of
+from distil import CONFIGS
+from evaluate import (
+    ADAPTERS,
+    TEACHER_STATISTICS,
+    Judge,
+    Studio,
+    held_out_scenes,
+    model_fingerprint,
+    noise,
+    prompts_of,
+)
+from safetensors import safe_open
 from write_dataset import write_dataset
+
+from lora_training.train import parse
 
 from attributes import AttributeHeads, attribute_loss, judge, load_classifier
 from model import load_pipeline
@@ -128,7 +145,7 @@ def test_write_dataset_resumes(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def studio(trained_adapters):
+def studio():
     return Studio()
 
 
@@ -152,7 +169,7 @@ def test_few_steps_need_the_adapter(studio):
     assert distance["PCM"] < distance["teacher"], distance
 
 
-def test_shipped_adapters_state_their_settings(trained_adapters):
+def test_shipped_adapters_state_their_settings():
     from pcm_scheduler import read_settings
 
     pcm, lcm = (read_settings(ADAPTERS[name]) for name in ("PCM", "LCM"))
@@ -174,3 +191,21 @@ def test_a_frechet_distance_of_a_set_to_itself_is_zero_and_grows_with_damage(tmp
     blurred = torch.nn.functional.avg_pool2d(images.float(), 5, stride=1, padding=2).byte()
     assert same == pytest.approx(0, abs=0.05)
     assert jury.frechet_to_teacher(blurred, tmp_path / "statistics.safetensors") > 10 * max(same, 0.1)
+
+
+@pytest.mark.parametrize("name", list(ADAPTERS))
+def test_shipped_adapters_are_of_the_configurations_beside_them(name):
+    with safe_open(ADAPTERS[name], framework="pt") as file:
+        made_with = json.loads(file.metadata()["pcm_trainer.config"])
+    now = json.loads(json.dumps(asdict(parse(["--config", str(CONFIGS[name])]))))
+    for section in ("model", "data", "objective", "optimizer", "sampling"):
+        assert {key: now[section].get(key) for key in made_with[section]} == made_with[section]
+    assert Path(now["output"]).name == made_with["output"]
+    assert {key: now[key] for key in ("seed", "title", "mixed_precision")}.items() <= made_with.items()
+
+
+def test_stored_teacher_statistics_are_of_the_shipped_model():
+    with safe_open(TEACHER_STATISTICS, framework="pt") as file:
+        assert file.metadata()["model"] == model_fingerprint()
+    for path in ADAPTERS.values():
+        assert json.loads(path.with_suffix(".search.json").read_text(encoding="utf-8"))["model"] == model_fingerprint()
