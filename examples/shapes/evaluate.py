@@ -19,12 +19,14 @@ from tqdm import tqdm
 from lora_training.cpu import keep_freed_memory
 from lora_training.randomness import generator_of
 from pcm_scheduler import load_pcm_lora
+from pcm_scheduler.lora_file import write_safetensors
 
 from attributes import AttributeClassifier, judge, load_classifier, rates
-from model import HERE, MODEL_DIR, build_scheduler, load_pipeline
+from model import HERE, MODEL_DIR, RUNS_DIR, build_scheduler, load_pipeline
 from scenes import TEST_SEED, Scene, caption, sample_scene
 
 ADAPTERS = {"PCM": HERE / "adapters" / "pcm_4phase.safetensors", "LCM": HERE / "adapters" / "lcm.safetensors"}
+MATCHED = {m: HERE / "adapters" / f"pcm_{m}phase.safetensors" for m in (2, 8)}  # PCM with as many phases as steps
 TEACHER_STATISTICS = HERE / "teacher_statistics.safetensors"
 TEACHER_STEPS, TEACHER_GUIDANCE = 50, 5.0
 STEPS = (1, 2, 4, 8, 16)
@@ -153,6 +155,16 @@ class Studio:
         begun = time.perf_counter()
         self.generate(method, prompts[:8], latents, steps)
         return (time.perf_counter() - begun) / 8
+
+
+def teacher_pictures(studio: Studio, prompts: list[str], seed: int, steps: int) -> torch.Tensor:
+    """The teacher's pictures from one noise, uint8 (N, 3, 128, 128); kept on disk, for they take minutes."""
+    asked = hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:8]
+    path = RUNS_DIR / "teacher" / model_fingerprint() / f"{len(prompts)}-{asked}-noise{seed}-{steps}steps.safetensors"
+    if not path.exists():
+        latents, name = noise(len(prompts), seed), f"teacher, {steps} steps"
+        write_safetensors({"images": studio.generate(studio.methods["teacher"], prompts, latents, steps, progress=name)}, path)
+    return load_file(path)["images"]
 
 
 class _Features(nn.Module):

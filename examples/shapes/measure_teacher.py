@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 
-import torch
 from evaluate import (
     FRECHET_BLOCKS,
     TEACHER_GUIDANCE,
@@ -20,18 +19,17 @@ from evaluate import (
     distance,
     held_out_scenes,
     model_fingerprint,
-    noise,
     prompts_of,
+    teacher_pictures,
     teacher_state,
 )
 from safetensors import safe_open
-from safetensors.torch import load_file
 from tabulate import tabulate
 
 from pcm_scheduler.lora_file import write_safetensors
 
 from attributes import CLASSIFIER_FILE, AttributeClassifier
-from model import HERE, MODEL_DIR, RUNS_DIR
+from model import HERE, MODEL_DIR
 
 REFERENCE_NOISE, OTHER_NOISE = 1, 2
 CARD = HERE / "MODEL_CARD.md"
@@ -105,15 +103,6 @@ what is left of chance in so many pictures. The project's tables use the row in 
 """
 
 
-def pictures(studio: Studio, prompts: list[str], seed: int, steps: int) -> torch.Tensor:
-    """The teacher's pictures from one noise, uint8 (N, 3, 128, 128); kept on disk, for they take minutes."""
-    path = RUNS_DIR / "teacher" / model_fingerprint() / f"{len(prompts)}-noise{seed}-{steps}steps.safetensors"
-    if not path.exists():
-        latents, name = noise(len(prompts), seed), f"teacher, {steps} steps"
-        write_safetensors({"images": studio.generate(studio.methods["teacher"], prompts, latents, steps, progress=name)}, path)
-    return load_file(path)["images"]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=2048)
@@ -127,14 +116,14 @@ def main() -> None:
     scenes = held_out_scenes(args.images)
     prompts = prompts_of(scenes)
     if args.draw is not None:
-        pictures(studio, prompts, args.draw, TEACHER_STEPS)
+        teacher_pictures(studio, prompts, args.draw, TEACHER_STEPS)
         return
     jury = Judge()
-    reference = pictures(studio, prompts, REFERENCE_NOISE, TEACHER_STEPS)
+    reference = teacher_pictures(studio, prompts, REFERENCE_NOISE, TEACHER_STEPS)
     alignment = jury.alignment(reference[: args.judged], scenes[: args.judged])
     print(json.dumps(alignment, indent=1), flush=True)
 
-    others = [pictures(studio, prompts, OTHER_NOISE, steps) for steps in (TEACHER_STEPS, 8)]
+    others = [teacher_pictures(studio, prompts, OTHER_NOISE, steps) for steps in (TEACHER_STEPS, 8)]
     distances = {}
     for blocks in range(1, len(AttributeClassifier.widths) + 1):
         metric = jury.frechet(blocks)
