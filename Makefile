@@ -4,10 +4,10 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help install test lint types demo measure bench shapes adapters clean
+.PHONY: help install test lint types demo measure bench shapes shapes_xl adapters clean
 
 help: ## what can be made
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z_]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -41,6 +41,9 @@ shapes: $(STAMP) ## train and measure the shapes model again
 	$(PY) examples/shapes/train_classifier.py
 	$(PY) examples/shapes/train_denoiser.py
 	$(PY) examples/shapes/measure_teacher.py
+
+shapes_xl: $(STAMP) ## train and measure the shapes model of SDXL's shape again
+	$(PY) examples/shapes/train_xl.py
 
 adapters: $(STAMP) ## distil the shapes adapters again
 	$(PY) examples/shapes/distil.py

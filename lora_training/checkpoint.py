@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from pcm_scheduler.lora_file import write_safetensors
 
@@ -17,6 +19,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     step: int,
     average: Mapping[str, torch.Tensor] | None = None,
+    scaler: torch.amp.GradScaler | None = None,
     run: str = "",
 ) -> None:
     """Write parameters, what the optimiser remembers of each, and optionally their running average.
@@ -24,16 +27,27 @@ def save_checkpoint(
     Args:
         path: rewritten in one move.
         parameters: by name.
-        optimizer: with tensors in its per-parameter state (AdamW and its kin).
+        optimizer: with tensors and numbers in its state.
         step: how many steps are done.
         average: by the same names.
+        scaler: of fp16 losses.
         run: what the run was told; `load_checkpoint` refuses another.
     """
     tensors = {f"weight/{name}": p for name, p in parameters.items()}
     tensors |= {f"average/{name}": p for name, p in (average or {}).items()}
+    numbers: dict[str, dict[str, object]] = {}
     for name, p in parameters.items():
-        tensors |= {f"optimizer/{name}/{key}": value for key, value in optimizer.state[p].items()}
-    write_safetensors(tensors, path, {"step": str(step), "run": run})
+        remembered = optimizer.state[p].items()
+        tensors |= {f"optimizer/{name}/{key}": value for key, value in remembered if isinstance(value, torch.Tensor)}
+        numbers[name] = {key: value for key, value in remembered if not isinstance(value, torch.Tensor)}
+    scalars = {"state": numbers, "groups": [_plain(group) for group in optimizer.param_groups]}
+    scalars |= {"scaler": scaler.state_dict()} if scaler else {}
+    write_safetensors(tensors, path, {"step": str(step), "run": run, "optimizer": json.dumps(scalars)})
+
+
+def _plain(group: Mapping[str, object]) -> dict[str, object]:
+    """What an optimiser keeps of a whole group, such as Prodigy's step size."""
+    return {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in group.items() if k != "params"}
 
 
 def load_checkpoint(
@@ -41,6 +55,7 @@ def load_checkpoint(
     parameters: Mapping[str, torch.Tensor],
     optimizer: torch.optim.Optimizer,
     average: Mapping[str, torch.Tensor] | None = None,
+    scaler: torch.amp.GradScaler | None = None,
     run: str = "",
 ) -> int:
     """The reverse of `save_checkpoint`, in place; returns how many steps are done.
@@ -57,12 +72,81 @@ def load_checkpoint(
         found = {k.removeprefix("weight/"): file.get_slice(k).get_shape() for k in keys if k.startswith("weight/")}
         if found != {name: list(p.shape) for name, p in parameters.items()}:
             raise ValueError(f"{path} is of a run with other parameters. Restore the settings, or move it away.")
+        scalars = json.loads(file.metadata()["optimizer"])
         for name, p in parameters.items():
             p.copy_(file.get_tensor(f"weight/{name}"))
             prefix = f"optimizer/{name}/"
             remembered = {k.removeprefix(prefix): file.get_tensor(k) for k in keys if k.startswith(prefix)}
             # AdamW keeps its step count on the CPU, everything else beside the parameter
-            optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in remembered.items()}
+            beside = {k: v if k == "step" else v.to(p.device) for k, v in remembered.items()}
+            optimizer.state[p] = beside | scalars["state"][name]
+        for group, kept in zip(optimizer.param_groups, scalars["groups"], strict=True):
+            group |= kept
+        if scaler and "scaler" in scalars:
+            scaler.load_state_dict(scalars["scaler"])
         for name, p in (average or {}).items():
             p.copy_(file.get_tensor(f"average/{name}"))
         return int(file.metadata()["step"])
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The newest checkpoints of one run, `step-<number>.safetensors` in a folder.
+
+    Args:
+        folder: made when the first is saved.
+        kept: how many; 0 keeps all.
+        run: what the run was told.
+    """
+
+    folder: Path
+    kept: int
+    run: str
+
+    def all(self) -> list[Path]:
+        """Oldest first."""
+        return sorted(self.folder.glob("step-*.safetensors"))
+
+    def latest(self) -> Path | None:
+        """The newest, if there is one."""
+        return self.all()[-1] if self.all() else None
+
+    def save(
+        self,
+        parameters: Mapping[str, torch.Tensor],
+        optimizer: torch.optim.Optimizer,
+        step: int,
+        average: Mapping[str, torch.Tensor] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        """Write one, then remove those beyond `kept`."""
+        save_checkpoint(self.folder / f"step-{step:08d}.safetensors", parameters, optimizer, step, average, scaler, self.run)
+        for path in self.all()[: -self.kept] if self.kept else []:
+            path.unlink()
+
+    def load_latest(
+        self,
+        parameters: Mapping[str, torch.Tensor],
+        optimizer: torch.optim.Optimizer,
+        average: Mapping[str, torch.Tensor] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> int:
+        """Read the newest, in place; returns how many steps are done, 0 without one.
+
+        Raises:
+            ValueError: as `load_checkpoint`, or a file that cannot be read.
+        """
+        path = self.latest()
+        if path is None:
+            return 0
+        try:
+            return load_checkpoint(path, parameters, optimizer, average, scaler, self.run)
+        except SafetensorError as error:
+            raise ValueError(f"{path} cannot be read ({error}). Remove it to go on from the one before.") from error
+
+    def remove(self) -> None:
+        """All of them: the run is done."""
+        for path in self.all():
+            path.unlink()
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()

@@ -6,15 +6,22 @@ Guidance is diffusers' everywhere: g in eps_u + g (eps_c - eps_u). The papers' w
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Literal
 
 from pcm_scheduler.phases import PhaseGrid
 
-# PCM's own list: attention, feed-forward, projections, resnet convolutions, samplers, time embeddings.
-PCM_TARGET_MODULES = (
-    "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
-    "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
-)  # fmt: skip
+# `all` is PCM's own list: attention, feed-forward, projections, resnet convolutions, samplers, time embeddings.
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
+TARGET_SETS = {
+    "attention": _ATTENTION,
+    "attention+ff": (*_ATTENTION, *_FEED_FORWARD),
+    "all": (
+        *_ATTENTION, "proj_in", "proj_out", *_FEED_FORWARD,
+        "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
+    ),
+}  # fmt: skip
 
 
 @dataclass
@@ -24,27 +31,64 @@ class ModelConfig:
     Attributes:
         path: a diffusers folder, a hub id, or a single `.safetensors` checkpoint.
         family: which backbone reads it.
+        prediction_type: overrides the model's own, for single files that do not say `v_prediction`; None: as the model says.
+        single_file_config: the diffusers folder or hub id whose configuration a single file has; empty: diffusers guesses.
+        teacher_loras: LoRA files merged into the teacher, and so into the student's body, such as a style; at scale 1.
     """
 
     path: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    family: Literal["sd15"] = "sd15"
+    family: Literal["sd15", "sdxl"] = "sd15"
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
+    single_file_config: str = ""
+    teacher_loras: tuple[str, ...] = ()
 
 
 @dataclass
 class DataConfig:
-    """A folder of pictures, each with a caption in a `.txt` file of the same name.
+    """Captioned pictures: where they are, how they are framed, and whether they are encoded once or as they are read.
 
     Attributes:
-        folder: searched with its subfolders.
-        resolution: pictures are scaled to it on their short side and cropped to a square in the middle.
+        path: a folder (captions in a `.txt` beside each picture, or in `metadata.jsonl`), parquet files (`data/*.parquet`),
+            webdataset tar shards (`shards/{000..099}.tar`, a glob, or addresses), or a dataset id of the Hugging Face hub.
+        format: which of these it is; `auto` looks at the path.
+        subset: of a hub dataset, its configuration's name.
+        split: of a hub dataset.
+        image_column: of a table; empty: the first that holds pictures.
+        caption_column: of a table; empty: `text`, `caption` or `prompt`.
+        resolution: the side of the square trained on; with buckets, its area is that of every picture.
+        aspect_buckets: keep wide and tall pictures so, in batches of one size; otherwise all are squares.
+        bucket_step: sides of buckets are its multiples; `resolution` is one.
+        max_aspect: long side by short side of the longest bucket.
+        crop: what is kept of a picture once it covers its size: the middle, or a part drawn once for each picture.
+        flip: half of the samples are mirrored. Not for captions that say left and right.
         cache: a folder for latents and text embeddings; empty: beside the output.
+        shard_size: pictures in a file of the cache.
+        streaming: encode while training and keep nothing, for data too large to keep; slower steps.
+        shuffle_buffer: pictures that a streamed sample is drawn from.
         encode_batch_size: pictures per call of the VAE.
+        caption_dropout: share of the samples whose caption is replaced by the empty one, drawn anew at every step.
+        max_bad_share: of pictures that cannot be read or have no caption; they are named and left out, more stop the run.
     """
 
-    folder: str = "data"
+    path: str = "data"
+    format: Literal["auto", "folder", "parquet", "webdataset", "hub"] = "auto"
+    subset: str = ""
+    split: str = "train"
+    image_column: str = ""
+    caption_column: str = ""
     resolution: int = 512
+    aspect_buckets: bool = False
+    bucket_step: int = 64
+    max_aspect: float = 2.0
+    crop: Literal["center", "random"] = "center"
+    flip: bool = False
     cache: str = ""
+    shard_size: int = 1024
+    streaming: bool = False
+    shuffle_buffer: int = 1000
     encode_batch_size: int = 16
+    caption_dropout: float = 0.0
+    max_bad_share: float = 0.01
 
 
 @dataclass
@@ -54,12 +98,23 @@ class LoraConfig:
     Attributes:
         rank: of every module.
         alpha: the scale is alpha / rank; None means alpha = rank.
-        target_modules: name endings of the modules that are adapted.
+        dropout: of the adapter's input in training.
+        targets: which modules are adapted: a set by name, or name endings of your own.
+        dora: learn the length of every output's weights beside their direction (arXiv 2402.09353).
+        init_adapter: go on from this adapter file (written by this trainer, or a published PCM LoRA) instead of from nothing.
     """
 
     rank: int = 64
     alpha: float | None = None
-    target_modules: tuple[str, ...] = PCM_TARGET_MODULES
+    dropout: float = 0.0
+    targets: Literal["attention", "attention+ff", "all"] | tuple[str, ...] = "all"
+    dora: bool = False
+    init_adapter: str = ""
+
+    @property
+    def target_names(self) -> tuple[str, ...]:
+        """Name endings of the adapted modules."""
+        return TARGET_SETS[self.targets] if isinstance(self.targets, str) else self.targets
 
 
 @dataclass
@@ -69,28 +124,67 @@ class ObjectiveConfig:
     Attributes:
         name: `pcm` jumps to the edge of the point's phase, `lcm` to the end of the ODE.
         num_phases: M; `lcm` has one.
+        progressive_phases: train on these numbers of phases one after the other, in equal parts of the run, such as 8, 4, 2;
+            the last must be `num_phases`, which is what the file states. None of them: `num_phases` throughout.
         num_solver_steps: N, the points of the teacher's grid.
-        guidance_scale: g of the teacher's solver; 1 leaves the teacher unguided.
+        solver: of the teacher. `euler` is `ddim` under its other name; `heun` and `dpmpp_2m` run the teacher twice.
+        solver_skip: grid points that a solver step goes down, at most to the edge.
+        guidance_scale: g of the teacher's solver: one number, or two to draw from between for every sample. 1 leaves the
+            teacher unguided: with `data.caption_dropout`, adapters that take large guidance and negative prompts when sampled.
+        distance: of student and target, in latents, or `lpips` of the decoded pictures (for one phase, or late ones).
+        lpips_weights: a `.safetensors` file with the state of `lpips.LPIPS(net="vgg")`.
         huber_c: the constant of the pseudo-Huber distance sqrt(d^2 + c^2) - c.
+        target_ema: decay of the running average of the adapter that makes the target; 0: the adapter itself.
     """
 
     name: Literal["pcm", "lcm"] = "pcm"
     num_phases: int = 4
+    progressive_phases: tuple[int, ...] = ()
     num_solver_steps: int = 50
-    guidance_scale: float = 5.5
+    solver: Literal["ddim", "euler", "heun", "dpmpp_2m"] = "ddim"
+    solver_skip: int = 1
+    guidance_scale: float | tuple[float, float] = 5.5
+    distance: Literal["pseudo_huber", "l2", "l1", "lpips"] = "pseudo_huber"
+    lpips_weights: str = ""
     huber_c: float = 0.001
+    target_ema: float = 0.0
+
+    @property
+    def guidance_range(self) -> tuple[float, float]:
+        """The least and the largest g."""
+        return self.guidance_scale if isinstance(self.guidance_scale, tuple) else (self.guidance_scale, self.guidance_scale)
+
+    @property
+    def phases_by_stage(self) -> tuple[int, ...]:
+        """The numbers of phases trained on, in order."""
+        return self.progressive_phases or (self.num_phases,)
 
 
 @dataclass
 class OptimizerConfig:
-    """AdamW with a linear warm-up, then constant or a cosine to zero."""
+    """A linear warm-up, then constant or a cosine to zero.
 
+    Attributes:
+        name: `adamw`; `adamw8bit` (bitsandbytes, CUDA) keeps its moments in 8 bits; `prodigy` (prodigyopt) finds the step
+            size itself, at learning_rate 1.
+        learning_rate: after the warm-up.
+        schedule: `cosine` ends at zero.
+        warmup_steps: from zero.
+        weight_decay: decoupled, as AdamW's.
+        max_grad_norm: longer gradients are shortened to it.
+        batch_size: samples per process and forward pass.
+        gradient_accumulation: batches per optimisation step.
+        steps: optimisation steps in all.
+    """
+
+    name: Literal["adamw", "adamw8bit", "prodigy"] = "adamw"
     learning_rate: float = 5e-6
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = 0
     weight_decay: float = 1e-3
     max_grad_norm: float = 1.0
-    batch_size: int = 16  # per process
+    batch_size: int = 16
+    gradient_accumulation: int = 1
     steps: int = 5000
 
 
@@ -108,6 +202,25 @@ class SamplingConfig:
 
 
 @dataclass
+class ValidationConfig:
+    """Pictures and figures while the run goes on, in its `.run` folder.
+
+    Attributes:
+        every: steps between validations; 0: only when the run is done.
+        prompts: what is drawn; none: the first four captions of the data.
+        steps: numbers of sampling steps.
+        guidance_scales: low and high.
+        seed: of the initial noise.
+    """
+
+    every: int = 0
+    prompts: tuple[str, ...] = ()
+    steps: tuple[int, ...] = (1, 4, 16)
+    guidance_scales: tuple[float, ...] = (1.0, 5.0)
+    seed: int = 0
+
+
+@dataclass
 class TrainConfig:
     """One run.
 
@@ -117,6 +230,14 @@ class TrainConfig:
         seed: of everything random; 0 or more.
         mixed_precision: of the networks; the adapter itself stays in float32.
         checkpoint_every: steps between checkpoints, from which an interrupted run goes on.
+        checkpoints_kept: of the latest; 0 keeps all.
+        resume: `latest` goes on from the newest checkpoint of this output, if there is one; `no` starts anew.
+        max_bad_steps: steps in a row whose loss is not a number (they are skipped and counted) before the run stops.
+        compile: compile the UNet's repeated blocks with `torch.compile`; the first steps are slow.
+        gradient_checkpointing: less memory for a fifth more time.
+        log_with: a tracker for loss, learning rate and validation, in the `.run` folder; it must be installed.
+        push_to_hub: upload the finished adapter, its card and its samples to this repository (`owner/name`); empty: nowhere.
+        dry_run: print what would happen, take one real step, and write nothing but the cache of latents.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -125,11 +246,20 @@ class TrainConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     output: str = "outputs/pcm_lora.safetensors"
     title: str = "PCM adapter"
     seed: int = 0
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     checkpoint_every: int = 500
+    checkpoints_kept: int = 2
+    resume: Literal["latest", "no"] = "latest"
+    max_bad_steps: int = 10
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    log_with: Literal["none", "tensorboard", "wandb"] = "none"
+    push_to_hub: str = ""
+    dry_run: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is loaded."""
@@ -137,9 +267,34 @@ class TrainConfig:
             raise ValueError(f"output must end in .safetensors; got {self.output!r}.")
         if self.objective.name == "lcm" and self.objective.num_phases != 1:
             raise ValueError(f"objective lcm has one phase; got num_phases={self.objective.num_phases}.")
-        if self.objective.guidance_scale < 1:
-            raise ValueError(f"objective.guidance_scale is at least 1 (unguided); got {self.objective.guidance_scale}.")
+        low, high = self.objective.guidance_range
+        if not 1 <= low <= high:
+            raise ValueError(
+                f"objective.guidance_scale is at least 1 (unguided), or a range low..high; got {self.objective.guidance_scale}."
+            )
+        if self.objective.phases_by_stage[-1] != self.objective.num_phases:
+            raise ValueError(
+                f"objective.progressive_phases {self.objective.progressive_phases} must end at "
+                f"objective.num_phases={self.objective.num_phases}."
+            )
+        shares = {
+            "lora.dropout": self.lora.dropout,
+            "data.caption_dropout": self.data.caption_dropout,
+            "data.max_bad_share": self.data.max_bad_share,
+            "objective.target_ema": self.objective.target_ema,
+        }
+        for name, value in shares.items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must be between 0 and 1; got {value}.")
         positive = {
+            "objective.solver_skip": self.objective.solver_skip,
+            "optimizer.gradient_accumulation": self.optimizer.gradient_accumulation,
+            "data.resolution": self.data.resolution,
+            "data.bucket_step": self.data.bucket_step,
+            "data.shard_size": self.data.shard_size,
+            "data.shuffle_buffer": self.data.shuffle_buffer,
+            "data.encode_batch_size": self.data.encode_batch_size,
+            "max_bad_steps": self.max_bad_steps,
             "lora.rank": self.lora.rank,
             "optimizer.steps": self.optimizer.steps,
             "optimizer.batch_size": self.optimizer.batch_size,
@@ -149,10 +304,27 @@ class TrainConfig:
         for name, value in positive.items():
             if value <= 0:
                 raise ValueError(f"{name} must be positive; got {value}.")
+        if self.data.aspect_buckets and self.data.resolution % self.data.bucket_step:
+            raise ValueError(
+                f"data.resolution={self.data.resolution} must be a multiple of data.bucket_step={self.data.bucket_step}."
+            )
+        if self.data.max_aspect < 1:
+            raise ValueError(f"data.max_aspect must be at least 1; got {self.data.max_aspect}.")
+        if self.validation.every < 0:
+            raise ValueError(f"validation.every must be 0 (at the end only) or more; got {self.validation.every}.")
+        for steps in self.validation.steps:
+            if not 1 <= steps <= self.objective.num_solver_steps:
+                raise ValueError(
+                    f"validation.steps must be between 1 and objective.num_solver_steps={self.objective.num_solver_steps}; "
+                    f"got {steps}."
+                )
+        if self.log_with != "none" and find_spec(self.log_with) is None:
+            raise ValueError(f"log_with is {self.log_with}, which is not installed: pip install {self.log_with}")
         if self.seed < 0:
             raise ValueError(f"seed must be 0 or more; got {self.seed}.")
-        _ = self.grid(1000)
+        _ = self.grids(1000)
 
-    def grid(self, num_train_timesteps: int) -> PhaseGrid:
-        """The phase grid on a model's T; refuses impossible ones."""
-        return PhaseGrid.even(self.objective.num_phases, self.objective.num_solver_steps, num_train_timesteps)
+    def grids(self, num_train_timesteps: int) -> list[PhaseGrid]:
+        """The phase grids trained on, in order, on a model's T; the last is the adapter's. Refuses impossible ones."""
+        steps = self.objective.num_solver_steps
+        return [PhaseGrid.even(phases, steps, num_train_timesteps) for phases in self.objective.phases_by_stage]

@@ -4,25 +4,280 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import yaml
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from diffusers.training_utils import cast_training_params
 from tqdm import tqdm
 
 from pcm_scheduler import __version__
-from pcm_scheduler.lora_file import AdapterSettings, write_adapter
+from pcm_scheduler.lora_file import AdapterSettings, read_adapter, write_adapter
+from pcm_scheduler.phases import PhaseGrid
 
-from .backbones import StableDiffusion15, load_backbone
-from .checkpoint import load_checkpoint, save_checkpoint
-from .config import OptimizerConfig, TrainConfig
+from .backbones import load_backbone
+from .checkpoint import Checkpoints
+from .config import TrainConfig
 from .cpu import keep_freed_memory, use_plain_attention
-from .data.latent_cache import TrainingData, load_training_data
+from .data.latent_cache import LatentCache, TrainingData
+from .data.sources import open_source
+from .data.stream import StreamingData
+from .hub import push
+from .model_card import model_card
 from .objectives import ConsistencyObjective
-from .randomness import generator_of
+from .optimizers import build_optimizer, learning_rate
+from .randomness import generator_of, seed_of
+from .validation import draw_sheet, fixed_loss
+
+# What may change between a run and its continuation.
+_NOT_IDENTITY = (
+    "output", "title", "checkpoint_every", "checkpoints_kept", "resume", "max_bad_steps", "gradient_checkpointing", "compile",
+    "log_with", "validation", "push_to_hub", "dry_run",
+)  # fmt: skip
+
+
+class Interrupted(Exception):  # noqa: N818  (not an error)
+    """The run was asked to stop; its state is saved."""
+
+
+class Run:
+    """Everything that a run holds, from a checked configuration to the adapter file.
+
+    Args:
+        config: what to do.
+
+    Raises:
+        ValueError: a model, data or adapter that does not fit the configuration.
+    """
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.output = Path(config.output)
+        self.folder = self.output.with_suffix(".run")
+        self.accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            log_with=None if config.log_with == "none" else config.log_with,
+            project_dir=self.folder,
+        )
+        kind = self.accelerator.distributed_type
+        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise ValueError(
+                f"{kind.value} splits the model between processes; here every process holds the whole one. "
+                "Launch with examples/accelerate/gpus_of_one_machine.yaml, and set gradient_checkpointing if memory is short."
+            )
+        set_seed(config.seed)
+        on_cpu = self.accelerator.device.type == "cpu"
+        if on_cpu:
+            keep_freed_memory()
+        self.backbone = load_backbone(config.model)
+        if on_cpu:
+            use_plain_attention(self.backbone.unet)
+        self.data = self._load_data()
+        self.grids = config.grids(self.backbone.num_train_timesteps)
+        self.parameters = self.backbone.add_adapter(config.lora, config.seed, config.objective.target_ema > 0)
+        cast_training_params(self.backbone.unet, dtype=torch.float32)
+        if config.lora.init_adapter:
+            self.backbone.load_adapter_state(read_adapter(config.lora.init_adapter, self.backbone.adapter_alphas()))
+            self.backbone.update_target(decay=0.0)
+        if config.gradient_checkpointing:
+            self.backbone.unet.enable_gradient_checkpointing()
+            self.backbone.unet.train()  # diffusers checkpoints in training mode only
+        if config.compile:
+            self.backbone.unet.compile_repeated_blocks(dynamic=config.data.aspect_buckets or None)
+        optimizer = build_optimizer(config.optimizer, self.parameters.values())
+        # the UNet stays bare: only the adapter's gradients travel between processes, in _average_gradients
+        self.optimizer = self.accelerator.prepare(optimizer)
+        self.objectives = [ConsistencyObjective(self.backbone, grid, config.objective) for grid in self.grids]
+        identity = {k: v for k, v in asdict(config).items() if k not in _NOT_IDENTITY}
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoints_kept, run=json.dumps(identity))
+
+    def _load_data(self) -> TrainingData | StreamingData:
+        """Encode on the accelerator, then leave it to the UNet; a stream goes on encoding there."""
+        config, accelerator = self.config, self.accelerator
+        process = (accelerator.process_index, accelerator.num_processes)
+        parts = (self.backbone.vae, *self.backbone.text_encoders)
+        for part in (*parts, self.backbone.unet):
+            part.to(accelerator.device)
+        source = open_source(config.data)
+        if config.data.streaming:
+            return StreamingData(source, config.data, self.backbone, config.seed, *process)
+        root = Path(config.data.cache) if config.data.cache else self.output.parent / "cache"
+        cache = LatentCache(source, config.data, self.backbone, config.model.path, root)
+        cache.encode(*process)
+        accelerator.wait_for_everyone()
+        data = cache.open()
+        for part in parts:
+            part.to("cpu")
+        return data
+
+    @property
+    def grid(self) -> PhaseGrid:
+        """The finished adapter's."""
+        return self.grids[-1]
+
+    def step(self, step: int) -> float:
+        """Optimisation step number `step`; returns the loss, NaN or infinite if the step was skipped for it."""
+        config, device = self.config, self.accelerator.device
+        names = (config.seed, self.accelerator.process_index, step)
+        torch.manual_seed(seed_of(*names))  # dropout
+        objective = self.objectives[step * len(self.objectives) // config.optimizer.steps]
+        empty = {name: tensor.to(device, torch.float32) for name, tensor in self.data.empty.items()}
+        total = 0.0
+        self.optimizer.zero_grad()
+        for micro in range(config.optimizer.gradient_accumulation):
+            generator = generator_of(*names, micro)
+            batch = self.data.draw(config.optimizer.batch_size, generator, device, config.data.caption_dropout)
+            with self.accelerator.autocast():
+                loss = objective(*batch, empty, generator) / config.optimizer.gradient_accumulation
+            self.accelerator.backward(loss)
+            total += loss.item()
+        total = self._agreed(total)
+        if not math.isfinite(total):
+            return total
+        parameters = list(self.parameters.values())
+        _average_gradients(self.accelerator, parameters)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config.optimizer, step)
+        self.accelerator.clip_grad_norm_(parameters, config.optimizer.max_grad_norm)
+        self.optimizer.step()
+        self.backbone.update_target(config.objective.target_ema)
+        return total
+
+    def _agreed(self, value: float) -> float:
+        """The mean over processes, so that all of them skip a bad step or none does."""
+        if self.accelerator.num_processes == 1:
+            return value
+        return self.accelerator.reduce(torch.tensor(float(value), device=self.accelerator.device), reduction="mean").item()
+
+    def train(self) -> Path:
+        """All steps, from the newest checkpoint if there is one; returns the adapter file.
+
+        Raises:
+            Interrupted: SIGTERM or Ctrl-C; the state is saved.
+            RuntimeError: too many bad steps in a row, or out of memory; what to change.
+        """
+        config, main = self.config, self.accelerator.is_main_process
+        state = (self.parameters, self.optimizer.optimizer)
+        average, scaler = self.backbone.target_parameters, self.accelerator.scaler
+        first = self.checkpoints.load_latest(*state, average, scaler) if config.resume == "latest" else 0
+        self.data.skip(first * config.optimizer.gradient_accumulation, config.optimizer.batch_size)
+        if main:
+            _write_text(self.folder / "config.yaml", yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
+        if config.log_with != "none":
+            self.accelerator.init_trackers(self.output.stem)
+        bar = tqdm(
+            range(first, config.optimizer.steps), initial=first, total=config.optimizer.steps,
+            desc=self.output.stem, disable=not main, mininterval=1.0,
+        )  # fmt: skip
+        smoothed, bad, bad_in_a_row = None, 0, 0
+        with _stop_requests() as asked, self._memory_advice():
+            for step in bar:
+                value = self.step(step)
+                if not math.isfinite(value):
+                    bad, bad_in_a_row = bad + 1, bad_in_a_row + 1
+                    if bad_in_a_row >= config.max_bad_steps:
+                        raise RuntimeError(
+                            f"The loss was not a number for {bad_in_a_row} steps in a row, up to step {step}. "
+                            f"Lower optimizer.learning_rate (now {config.optimizer.learning_rate:g}), or set mixed_precision "
+                            f"to bf16 or no (now {config.mixed_precision}). The last good state is {self.checkpoints.latest()}."
+                        )
+                else:
+                    bad_in_a_row = 0
+                    smoothed = value if smoothed is None else 0.98 * smoothed + 0.02 * value
+                bar.set_postfix(self._shown(smoothed, step, bad), refresh=False)
+                self.accelerator.log({"loss": value, "lr": learning_rate(config.optimizer, step), "skipped": bad}, step)
+                last = step + 1 == config.optimizer.steps
+                stop = self._agreed(len(asked)) > 0 and not last
+                due = (step + 1) % config.checkpoint_every == 0 and not last and not bad_in_a_row
+                if main and (stop or due):
+                    self.checkpoints.save(*state, step + 1, average, scaler)
+                if main and not stop and not last and config.validation.every and (step + 1) % config.validation.every == 0:
+                    self.validate(step + 1)
+                if stop:
+                    raise Interrupted(f"Stopped after step {step + 1}; run the same command to go on.")
+        if main:
+            self.write()
+            self.checkpoints.remove()
+            self.validate(config.optimizer.steps)
+            if config.push_to_hub:
+                print(f"pushed to {push(config.push_to_hub, self.output, self.folder)}")
+        self.accelerator.end_training()
+        return self.output
+
+    def _shown(self, loss: float | None, step: int, bad: int) -> dict[str, str]:
+        shown = {"loss": "nan" if loss is None else f"{loss:.4f}", "lr": f"{learning_rate(self.config.optimizer, step):.1e}"}
+        if bad:
+            shown["skipped"] = str(bad)
+        if torch.cuda.is_available():
+            shown["gpu"] = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}GiB"
+        return shown
+
+    @contextmanager
+    def _memory_advice(self) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            config = self.config
+            advice = [
+                ("mixed_precision: bf16", config.mixed_precision == "no"),
+                ("gradient_checkpointing: true", not config.gradient_checkpointing),
+                (
+                    f"optimizer.batch_size: {config.optimizer.batch_size // 2} with "
+                    f"optimizer.gradient_accumulation: {config.optimizer.gradient_accumulation * 2}",
+                    config.optimizer.batch_size > 1,
+                ),
+                (f"lora.rank: {config.lora.rank // 2}", config.lora.rank > 1),
+            ]
+            option = next((text for text, open_ in advice if open_), "a smaller data.resolution")
+            raise RuntimeError(f"Out of memory. Next to try: {option}. ({str(error).splitlines()[0]})") from error
+
+    def validate(self, step: int) -> None:
+        """Pictures, the loss of fixed samples and the consistency of few and many steps, into the run's folder."""
+        config = self.config
+        prompts = config.validation.prompts or self.data.captions[:4]
+        loss = fixed_loss(self.objectives[-1], self.data.fixed, config.optimizer.batch_size, config.validation.seed)
+        with self.accelerator.autocast():
+            sheet = draw_sheet(self.backbone, self.grid, config.validation, prompts, self.data.largest_bucket, self.eta)
+        sheet.save(self.folder / "samples" / f"step-{step:08d}.png")
+        figures = {"validation_loss": loss, "consistency": sheet.consistency()}
+        self.accelerator.log(figures, step)
+        table = self.folder / "validation.csv"
+        head = "" if table.exists() else ",".join(["step", *figures]) + "\n"
+        with table.open("a", encoding="utf-8") as file:
+            file.write(head + ",".join([str(step), *(f"{value:.6g}" for value in figures.values())]) + "\n")
+
+    @property
+    def eta(self) -> float:
+        """How the adapter is sampled: LCM draws noise anew between steps, PCM does not."""
+        return 1.0 if self.config.objective.name == "lcm" else 0.0
+
+    def write(self) -> None:
+        """The adapter file, and its card in the run's folder."""
+        config, backbone, grid = self.config, self.backbone, self.grid
+        low, high = config.objective.guidance_range
+        settings = AdapterSettings(
+            base_model=backbone.family,
+            phase_edges=grid.edges,
+            num_solver_steps=grid.num_solver_steps,
+            num_train_timesteps=grid.num_train_timesteps,
+            prediction_type=backbone.prediction_type,
+            training_guidance_scale=(low + high) / 2,
+            guidance_scale=config.sampling.guidance_scale,
+            num_inference_steps=config.sampling.num_inference_steps,
+            eta=self.eta,
+        )
+        extra = {"pcm_trainer.version": __version__, "pcm_trainer.config": json.dumps(_without_folders(asdict(config)))}
+        write_adapter(self.output, backbone.adapter_state(), backbone.adapter_alphas(), settings, config.title, extra)
+        sample = f"samples/step-{config.optimizer.steps:08d}.png"
+        _write_text(self.folder / "README.md", model_card(config, settings, self.data.describe(), sample))
 
 
 def run(config: TrainConfig) -> Path:
@@ -32,87 +287,57 @@ def run(config: TrainConfig) -> Path:
     a step are functions of the seed and the step's number.
 
     Raises:
-        RuntimeError: the loss is not a number; the checkpoints before it are kept.
+        Interrupted: the run was asked to stop, and its state is saved.
+        RuntimeError: it cannot go on; what to change. The checkpoints are kept.
     """
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    set_seed(config.seed)
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
-    output = Path(config.output)
-    checkpoint = output.with_suffix(".checkpoint.safetensors")
-    backbone = load_backbone(config.model)
-    if accelerator.device.type == "cpu":
-        use_plain_attention(backbone.unet)
-    for part in (backbone.unet, backbone.vae, backbone.text_encoder):
-        part.to(accelerator.device)
-    cache = Path(config.data.cache) if config.data.cache else output.parent / "cache"
-    with accelerator.main_process_first():
-        data = load_training_data(config.data, backbone, config.model.path, cache)
-    backbone.vae.to("cpu")
-    backbone.text_encoder.to("cpu")
-
-    grid = config.grid(backbone.num_train_timesteps)
-    parameters = backbone.add_adapter(config.lora, config.seed)
-    cast_training_params(backbone.unet, dtype=torch.float32)
-    optimizer = torch.optim.AdamW(parameters, lr=config.optimizer.learning_rate, weight_decay=config.optimizer.weight_decay)
-    optimizer = accelerator.prepare(optimizer)  # the UNet stays bare: only the adapter's gradients travel, in _average
-    objective = ConsistencyObjective(backbone, grid, config.objective.guidance_scale, config.objective.huber_c)
-    told = json.dumps({k: v for k, v in asdict(config).items() if k not in ("output", "title", "checkpoint_every")})
-    names = {name: p for name, p in backbone.unet.named_parameters() if p.requires_grad}
-    first = load_checkpoint(checkpoint, names, optimizer.optimizer, run=told) if checkpoint.exists() else 0
-
-    bar = tqdm(
-        range(first, config.optimizer.steps), initial=first, total=config.optimizer.steps,
-        desc=output.stem, disable=not accelerator.is_main_process, mininterval=1.0,
-    )  # fmt: skip
-    smoothed = None
-    for step in bar:
-        generator = generator_of(config.seed, accelerator.process_index, step)
-        latents, prompt_embeds = _batch(data, config.optimizer.batch_size, generator, accelerator.device)
-        learning_rate = _learning_rate(config.optimizer, step)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        with accelerator.autocast():
-            loss = objective(latents, prompt_embeds, data.empty_embeds.to(accelerator.device, torch.float32), generator)
-        optimizer.zero_grad()
-        accelerator.backward(loss)
-        _average_gradients(accelerator, parameters)
-        accelerator.clip_grad_norm_(parameters, config.optimizer.max_grad_norm)
-        optimizer.step()
-        value = loss.item()
-        if not math.isfinite(value):
-            raise RuntimeError(
-                f"The loss is {value} at step {step}. Lower optimizer.learning_rate; the last good state is {checkpoint}."
-            )
-        smoothed = value if smoothed is None else 0.98 * smoothed + 0.02 * value
-        shown = {"loss": f"{smoothed:.4f}", "lr": f"{learning_rate:.1e}"} | _memory()
-        bar.set_postfix(shown, refresh=False)
-        due = (step + 1) % config.checkpoint_every == 0 and step + 1 < config.optimizer.steps
-        if due and accelerator.is_main_process:
-            save_checkpoint(checkpoint, names, optimizer.optimizer, step + 1, run=told)
-
-    if accelerator.is_main_process:
-        _write(config, backbone, output)
-        checkpoint.unlink(missing_ok=True)
-    accelerator.end_training()
-    return output
+    return Run(config).train()
 
 
-def _write(config: TrainConfig, backbone: StableDiffusion15, output: Path) -> None:
-    grid = config.grid(backbone.num_train_timesteps)
-    settings = AdapterSettings(
-        base_model=backbone.family,
-        phase_edges=grid.edges,
-        num_solver_steps=grid.num_solver_steps,
-        num_train_timesteps=grid.num_train_timesteps,
-        prediction_type=backbone.prediction_type,
-        training_guidance_scale=config.objective.guidance_scale,
-        guidance_scale=config.sampling.guidance_scale,
-        num_inference_steps=config.sampling.num_inference_steps,
-        eta=1.0 if config.objective.name == "lcm" else 0.0,
-    )
-    extra = {"pcm_trainer.version": __version__, "pcm_trainer.config": json.dumps(asdict(config))}
-    write_adapter(output, backbone.adapter_state(), backbone.adapter_alphas(), settings, config.title, extra)
+@contextmanager
+def _stop_requests() -> Iterator[list[int]]:
+    """A list that SIGTERM and the first Ctrl-C are put into; a second Ctrl-C stops at once."""
+    asked: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+        print("\nstopping after this step ...", file=sys.stderr)
+
+    try:
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: its owner handles signals
+        before = {}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _without_folders(value: object) -> object:
+    """Absolute paths as their last part: a file that is shared says nothing of the machine it was made on."""
+    if isinstance(value, dict):
+        return {k: _without_folders(v) for k, v in value.items()} | (
+            {"output": Path(value["output"]).name} if "output" in value else {}
+        )
+    if isinstance(value, (list, tuple)):
+        return [_without_folders(v) for v in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def _plain(value: object) -> object:
+    """Tuples as lists: YAML has no other."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def _average_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parameter]) -> None:
@@ -123,27 +348,3 @@ def _average_gradients(accelerator: Accelerator, parameters: list[torch.nn.Param
     flat = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), reduction="mean")
     for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(mean.view_as(gradient))
-
-
-def _learning_rate(config: OptimizerConfig, step: int) -> float:
-    """Linear warm-up, then constant or a cosine to zero; a function of the step, so that resuming needs no state."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return config.learning_rate
-    progress = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def _batch(
-    data: TrainingData, batch_size: int, generator: torch.Generator, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents drawn from their posterior, and text embeddings, float32."""
-    which = torch.randint(len(data), (batch_size,), generator=generator)
-    mean, std = data.latent_means[which].float(), data.latent_stds[which].float()
-    latents = mean + std * torch.randn(mean.shape, generator=generator)
-    return latents.to(device), data.prompt_embeds[which].float().to(device)
-
-
-def _memory() -> dict[str, str]:
-    return {"gpu": f"{torch.cuda.max_memory_allocated() / 2**30:.1f}GiB"} if torch.cuda.is_available() else {}

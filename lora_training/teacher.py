@@ -1,45 +1,105 @@
-"""The frozen teacher's ODE solver: one guided step down the solver's grid."""
+"""The frozen teacher: its guided prediction, and the solvers that take one step of its ODE down the solver's grid."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 
-from pcm_scheduler.noise_schedule import Level, predict_x0_and_epsilon
+from pcm_scheduler.noise_schedule import predict_x0_and_epsilon
 from pcm_scheduler.sampling import jump
 
-from .backbones import StableDiffusion15
+from .backbones import Backbone, Conditioning
+from .backbones.conditioning import joined
 
 
-@torch.no_grad()
-def ddim_step(
-    backbone: StableDiffusion15,
-    sample: torch.Tensor,
-    timestep: torch.Tensor,
-    prompt_embeds: torch.Tensor,
-    empty_embeds: torch.Tensor,
-    guidance_scale: float,
-    levels: tuple[Level, Level, Level, Level],
-) -> torch.Tensor:
-    """x_(n-1) from x_n by one DDIM step of the teacher (arXiv 2010.02502, Eq. 12).
+@dataclass(frozen=True)
+class Levels:
+    """The schedule on the solver's grid tau_0..tau_N: timesteps, alphas and sigmas, (N + 1,) each, on one device."""
+
+    timesteps: torch.Tensor
+    alphas: torch.Tensor
+    sigmas: torch.Tensor
+
+    def __call__(self, n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """alpha and sigma at points n (B,), as (B, 1, 1, 1)."""
+        return self.alphas[n].view(-1, 1, 1, 1), self.sigmas[n].view(-1, 1, 1, 1)
+
+
+Prediction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""x_0 (B, 4, h, w), float32, from (x_n, n)."""
+
+
+def guided_prediction(
+    backbone: Backbone,
+    levels: Levels,
+    conditioning: Conditioning,
+    empty: Conditioning,
+    guidance_scale: torch.Tensor,
+) -> Prediction:
+    """The teacher's x_0 with eps_u + g (eps_c - eps_u); both halves are one batch.
 
     Args:
         backbone: its adapter is switched off for the call.
-        sample: x_n, (B, 4, h, w) float32.
-        timestep: tau_n, (B,).
-        prompt_embeds, empty_embeds: conditions of the guided and the unguided half, (B, tokens, width) each.
-        guidance_scale: g in eps_u + g (eps_c - eps_u); 1 skips the unguided half.
-        levels: alpha_n, sigma_n, alpha_(n-1), sigma_(n-1), each (B, 1, 1, 1).
-
-    Returns:
-        x_(n-1), float32.
+        levels: of the solver's grid.
+        conditioning: of the batch.
+        empty: what the unguided half is told, (B, ...) each; what it does not say is taken from `conditioning`.
+        guidance_scale: g, (B,), all of them 1 or none; 1 skips the unguided half.
     """
-    alpha, sigma, next_alpha, next_sigma = levels
-    with backbone.teacher():
-        if guidance_scale == 1:
-            output = backbone.predict(sample, timestep, prompt_embeds).float()
-        else:
-            both = backbone.predict(sample.repeat(2, 1, 1, 1), timestep.repeat(2), torch.cat([empty_embeds, prompt_embeds]))
-            unguided, guided = both.float().chunk(2)
-            output = unguided + guidance_scale * (guided - unguided)
-    x0, _ = predict_x0_and_epsilon(output, sample, alpha, sigma, backbone.prediction_type)
-    return jump(sample, x0, alpha, sigma, next_alpha, next_sigma)
+    unguided_only = bool((guidance_scale == 1).all())  # on the CPU: no synchronisation
+    g = guidance_scale.to(levels.alphas.device).view(-1, 1, 1, 1)
+    told = conditioning if unguided_only else joined(empty, conditioning)
+
+    @torch.no_grad()
+    def predict(sample: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+        timestep = levels.timesteps[n]
+        with backbone.teacher():
+            if unguided_only:
+                output = backbone.predict(sample, timestep, told).float()
+            else:
+                both = backbone.predict(sample.repeat(2, 1, 1, 1), timestep.repeat(2), told).float()
+                unguided, guided = both.chunk(2)
+                output = unguided + g * (guided - unguided)
+        return predict_x0_and_epsilon(output, sample, *levels(n), backbone.prediction_type)[0]
+
+    return predict
+
+
+def ddim(predict: Prediction, levels: Levels, sample: torch.Tensor, n: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+    """x_m from x_n by one DDIM step (arXiv 2010.02502, Eq. 12), which is Euler's step in (x / alpha, sigma / alpha)."""
+    return jump(sample, predict(sample, n), *levels(n), *levels(m))
+
+
+def heun(predict: Prediction, levels: Levels, sample: torch.Tensor, n: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+    """Heun's step in (x / alpha, sigma / alpha) (arXiv 2206.00364, Algorithm 1): the mean of eps at both ends."""
+    (alpha, sigma), (next_alpha, next_sigma) = levels(n), levels(m)
+    x0 = predict(sample, n)
+    euler = jump(sample, x0, alpha, sigma, next_alpha, next_sigma)
+    epsilon = (sample - alpha * x0) / sigma
+    next_epsilon = (euler - next_alpha * predict(euler, m)) / next_sigma
+    mean = (epsilon + next_epsilon) / 2
+    return next_alpha * (sample - sigma * mean) / alpha + next_sigma * mean
+
+
+def dpmpp_2m(predict: Prediction, levels: Levels, sample: torch.Tensor, n: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+    """DPM-Solver++'s second-order multistep step (arXiv 2211.01095, Algorithm 2), the point before made by one step back.
+
+    The solver remembers x_0 at the point above n. There is none behind a noised picture, so it is read at
+    x_(n+1) = alpha x_0 + sigma eps, with the x_0 and eps that the teacher sees at n. At the top there is no such point and
+    the step is DDIM's.
+    """
+    (alpha, sigma), (next_alpha, next_sigma) = levels(n), levels(m)
+    above = (2 * n - m).clamp(max=len(levels.timesteps) - 1)
+    above_alpha, above_sigma = levels(above)
+    x0 = predict(sample, n)
+    before = predict(jump(sample, x0, alpha, sigma, above_alpha, above_sigma), above)
+    h = (next_alpha / next_sigma).log() - (alpha / sigma).log()
+    h_before = (alpha / sigma).log() - (above_alpha / above_sigma).log()
+    slope = torch.where(h_before > 0, h / (2 * h_before.clamp(min=1e-12)), torch.zeros_like(h))
+    corrected = x0 + slope * (x0 - before)
+    return next_sigma / sigma * sample - next_alpha * torch.expm1(-h) * corrected
+
+
+Solver = Callable[[Prediction, Levels, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+SOLVERS: dict[str, Solver] = {"ddim": ddim, "euler": ddim, "heun": heun, "dpmpp_2m": dpmpp_2m}

@@ -1,6 +1,6 @@
 """Train an adapter.
 
-    accelerate launch lora_training/train.py --config examples/shapes/configs/pcm_4phase.yaml
+    accelerate launch lora_training/train.py --config examples/configs/shapes_pcm4.yaml
     accelerate launch lora_training/train.py --config my.yaml --lora.rank 16 --optimizer.learning_rate 1e-5
 
 `--help` lists every setting.
@@ -8,8 +8,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import sys
+from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
+from typing import get_type_hints
 
 from jsonargparse import ArgumentParser
 
@@ -17,12 +22,36 @@ if __package__ in (None, ""):  # run as a script: `accelerate launch` puts this 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from lora_training.config import TrainConfig
-from lora_training.loop import run
+from lora_training.dry_run import dry_run
+from lora_training.loop import Interrupted, Run
+
+
+class Parser(ArgumentParser):
+    """Says which setting was probably meant."""
+
+    def error(self, message: str, ex: Exception | None = None) -> None:
+        known = list(setting_names(TrainConfig))
+        in_group = [".".join(found) for found in re.findall(r"Group '(\S+)' does not accept option '(\S+)'", message)]
+        for word in in_group or [word.strip(".") for word in re.findall(r"[\w.]+", message)]:
+            near = get_close_matches(word, known, n=1, cutoff=0.75)
+            if near and word not in known and not any(name.startswith(word + ".") for name in known):
+                message += f"\nDid you mean {near[0]}?"
+                break
+        super().error(message, ex)
+
+
+def setting_names(config: type, prefix: str = "") -> Iterator[str]:
+    """Every setting's full name, such as `lora.rank`."""
+    for name, kind in get_type_hints(config).items():
+        if dataclasses.is_dataclass(kind):
+            yield from setting_names(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
+        else:
+            yield prefix + name
 
 
 def parse(arguments: list[str] | None = None) -> TrainConfig:
     """Configuration file and overrides into a checked `TrainConfig`; exits with a message that names the bad setting."""
-    parser = ArgumentParser(prog="train.py", description=__doc__)
+    parser = Parser(prog="train.py", description=__doc__)
     parser.add_argument("--config", action="config", help="a YAML file with the settings below")
     parser.add_class_arguments(TrainConfig)
     settings = vars(parser.instantiate(parser.parse_args(arguments)))
@@ -36,10 +65,19 @@ def parse(arguments: list[str] | None = None) -> TrainConfig:
 def main() -> None:
     config = parse()
     try:
-        path = run(config)
+        run = Run(config)
+        if config.dry_run:
+            dry_run(run)
+            return
+        path = run.train()
+    except Interrupted as stopped:
+        if run.accelerator.is_main_process:
+            print(stopped)
+        return
     except (ValueError, FileNotFoundError, RuntimeError) as error:
         sys.exit(f"train.py: {error}")
-    print(f"wrote {path}")
+    if run.accelerator.is_main_process:
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

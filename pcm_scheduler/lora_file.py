@@ -2,13 +2,18 @@
 
 Keys are kohya's over diffusers' module names (`lora_unet_down_blocks_0_..._to_q.lora_down.weight`, `.lora_up.weight`,
 `.alpha`): the only layout that every host maps in full. The settings are in the header under `pcm.*`, beside the
-standard `modelspec.*` and `ss_*` keys. Published PCM adapters have no such header; their file names serve instead.
+standard `modelspec.*` and `ss_*` keys. Published PCM adapters have no such header; their file names or hashes serve instead.
+
+    python -m pcm_scheduler.lora_file FILE...       what a file says of itself, and whether it is whole
+    python -m pcm_scheduler.lora_file FILE --convert kohya --output NEW       the same adapter in another layout
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -17,8 +22,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .lora_layouts import FORMATS, METADATA_KEY, LoraTensors, dotted_name, sort_tensors, to_diffusers, to_kohya, to_peft
 from .noise_schedule import check_prediction_type
 from .phases import PhaseGrid
+from .published import published_name
 
 ARCHITECTURES = {"sd15": "stable-diffusion-v1/lora", "sdxl": "stable-diffusion-xl-v1-base/lora"}
 HEADER_PREFIX = "pcm."
@@ -39,7 +46,7 @@ class AdapterSettings:
         guidance_scale: recommended g for sampling; 1 means without a negative prompt.
         num_inference_steps: recommended steps.
         eta: recommended; 0 deterministic, 1 stochastic as LCM is.
-        inferred: guessed from a published file's name instead of read from its header.
+        inferred: guessed from a published file's name or hash instead of stated by who trained it.
     """
 
     base_model: str
@@ -73,7 +80,7 @@ class AdapterSettings:
 
     def to_header(self) -> dict[str, str]:
         """As strings under `pcm.*`, which is all that a safetensors header holds."""
-        values = {name: value for name, value in asdict(self).items() if name != "inferred"}
+        values = {name: value for name, value in asdict(self).items() if name != "inferred" or value}
         values["phase_edges"] = ",".join(map(str, self.phase_edges))
         return {HEADER_PREFIX + "version": HEADER_VERSION} | {HEADER_PREFIX + k: str(v) for k, v in values.items()}
 
@@ -91,6 +98,7 @@ class AdapterSettings:
             "int": int,
             "float": float,
             "str": str,
+            "bool": lambda v: v == "True",
             "tuple[int, ...]": lambda v: tuple(int(t) for t in v.split(",")),
         }
         try:
@@ -127,7 +135,7 @@ def published_settings(name: str) -> AdapterSettings | None:
 
 
 def read_settings(path: str | os.PathLike) -> AdapterSettings | None:
-    """What an adapter file says of itself: its header, or failing that a published name; None if neither speaks.
+    """What an adapter file says of itself: its header, or failing that a published name or hash; None if none speaks.
 
     Raises:
         FileNotFoundError: no such file.
@@ -138,7 +146,48 @@ def read_settings(path: str | os.PathLike) -> AdapterSettings | None:
             header = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-    return AdapterSettings.from_header(header) or published_settings(Path(path).name)
+    stated = AdapterSettings.from_header(header) or published_settings(Path(path).name)
+    return stated or published_settings(published_name(path) or "")
+
+
+def read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """All tensors of a safetensors file, and its header.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a safetensors file, or a truncated one.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def read_lora(path: str | os.PathLike) -> LoraTensors:
+    """The LoRA in a file of any layout that `lora_layouts` knows.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a safetensors file, or no LoRA of a UNet; what is wrong.
+    """
+    tensors, header = read_tensors(path)
+    try:
+        return sort_tensors(tensors, header)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
+
+
+def _whole_lora(path: str | os.PathLike) -> LoraTensors:
+    """`read_lora`, and every tensor of it has its place and its match."""
+    lora = read_lora(path)
+    if lora.strangers:
+        raise ValueError(
+            f"{path}: {len(lora.strangers)} tensors have no place in the LoRA of a UNet, such as {lora.strangers[0]}."
+        )
+    for misfit in lora.misfits():
+        raise ValueError(f"{path}: {misfit}")
+    return lora
 
 
 def write_safetensors(
@@ -158,22 +207,43 @@ def write_safetensors(
 def kohya_state_dict(peft_state_dict: Mapping[str, torch.Tensor], alphas: Mapping[str, float]) -> dict[str, torch.Tensor]:
     """Rename PEFT's LoRA tensors (`<module>.lora_A.weight`, `<module>.lora_B.weight`) to kohya's, alpha included.
 
+    DoRA's `<module>.lora_magnitude_vector` becomes `dora_scale`.
+
     Args:
         peft_state_dict: of the UNet, as `peft.get_peft_model_state_dict` gives it.
         alphas: lora_alpha of each module path.
 
     Raises:
-        ValueError: a tensor that is not one of the two.
+        ValueError: a tensor that is none of the three, or one of a pair that is missing.
     """
-    tensors: dict[str, torch.Tensor] = {}
-    for key, tensor in peft_state_dict.items():
-        module, _, kind = key.removesuffix(".weight").rpartition(".")
-        if kind not in ("lora_A", "lora_B"):
-            raise ValueError(f"{key} has no place in a kohya LoRA file; it takes lora_A and lora_B weights only.")
-        name = "lora_unet_" + module.replace(".", "_")
-        tensors[f"{name}.{'lora_down' if kind == 'lora_A' else 'lora_up'}.weight"] = tensor
-        tensors[f"{name}.alpha"] = torch.tensor(float(alphas[module]))
-    return tensors
+    lora = sort_tensors(peft_state_dict)
+    if lora.strangers:
+        raise ValueError(f"{lora.strangers[0]} has no place in a kohya LoRA file; it takes LoRA and DoRA weights only.")
+    for misfit in lora.misfits():
+        raise ValueError(misfit)
+    for name, parts in lora.modules.items():
+        parts["alpha"] = torch.tensor(float(alphas[lora.path(name)]))
+    return to_kohya(lora)
+
+
+def read_adapter(path: str | os.PathLike, alphas: Mapping[str, float]) -> dict[str, torch.Tensor]:
+    """The reverse of `write_adapter`: PEFT's LoRA tensors, float32, scaled so that they act the same with other alphas.
+
+    Args:
+        path: a LoRA file in any layout that `lora_layouts` knows.
+        alphas: lora_alpha of each module path of the adapter that will hold the tensors.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a safetensors file, not a LoRA of these modules, or a pair of matrices that do not fit; what is wrong.
+    """
+    lora = _whole_lora(path)
+    names = {module.replace(".", "_") for module in alphas}
+    unknown, missing = sorted(lora.modules.keys() - names), sorted(names - lora.modules.keys())
+    for what, which in (("has modules that this adapter has not", unknown), ("lacks modules of this adapter", missing)):
+        if which:
+            raise ValueError(f"{path} {what}: {len(which)}, such as {which[0]}.")
+    return {key: tensor.float() for key, tensor in to_peft(lora, alphas).items()}
 
 
 def write_adapter(
@@ -224,11 +294,45 @@ def restate(
         settings: for the new header; entries that are not settings are kept.
         extra: further entries, new or replaced.
     """
-    with safe_open(path, framework="pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        header = file.metadata() or {}
+    tensors, header = read_tensors(path)
     stated = settings.to_header() | {"modelspec.usage_hint": _usage_hint(settings)}
     write_safetensors(tensors, output, header | stated | dict(extra or {}))
+
+
+def convert_adapter(path: str | os.PathLike, output: str | os.PathLike, to: str) -> None:
+    """The same adapter in another layout: same tensors, alphas and header, other names.
+
+    Alpha goes where the layout keeps it: a tensor beside each module for `kohya`, diffusers' own metadata in the header for
+    `diffusers`, so that neither rounds a number. Settings that follow from a published name or hash are written down, as
+    inferred, because the new file has neither.
+
+    Args:
+        path: an adapter file in any layout that `lora_layouts` knows.
+        output: the `.safetensors` file to write; to a temporary name first, then renamed.
+        to: one of `lora_layouts.FORMATS`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: an unknown format, an output that is not `.safetensors`, or a file that is truncated, mismatched or no LoRA
+            of a diffusers UNet; what is wrong.
+    """
+    if to not in FORMATS:
+        raise ValueError(f"There is no format {to!r} to convert to; choose one of {', '.join(FORMATS)}.")
+    if Path(output).suffix != ".safetensors":
+        raise ValueError(f"Only safetensors files are written; {output} does not end in .safetensors.")
+    lora = _whole_lora(path)
+    try:
+        for name in lora.modules:
+            dotted_name(name)  # of another model, the new names would mean nothing
+        tensors, metadata = (to_kohya(lora), None) if to == "kohya" else to_diffusers(lora)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    header = read_tensors(path)[1]
+    settings = read_settings(path)
+    if settings is not None and settings.inferred:
+        header |= settings.to_header()
+    header.pop(METADATA_KEY, None)
+    write_safetensors(tensors, output, header if metadata is None else header | {METADATA_KEY: metadata})
 
 
 def _usage_hint(settings: AdapterSettings) -> str:
@@ -261,3 +365,138 @@ def with_overrides(settings: AdapterSettings | None, **overrides: object) -> Ada
         steps = given.get("num_solver_steps", settings.num_solver_steps)
         given["phase_edges"] = PhaseGrid.even(num_phases, steps, settings.num_train_timesteps).edges  # type: ignore[arg-type]
     return replace(settings, **given)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What can be seen in a LoRA file without a model.
+
+    Attributes:
+        layouts: one, of `kohya`, `diffusers` and `diffusers-old`; some tools mix two.
+        modules: how many are adapted.
+        ranks: of the modules, ascending.
+        parameters: numbers in all matrices.
+        magnitudes: whether it is a DoRA.
+        problems: what is wrong with it, each a sentence; none in a whole file.
+    """
+
+    layouts: tuple[str, ...]
+    modules: int
+    ranks: tuple[int, ...]
+    parameters: int
+    magnitudes: bool
+    problems: tuple[str, ...]
+
+
+def inspect_adapter(path: str | os.PathLike) -> Inspection:
+    """Read every tensor of a LoRA file and look for what would make a host drop it or draw black pictures.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a safetensors file, a truncated one, or no LoRA in a layout that `lora_layouts` knows.
+    """
+    lora = read_lora(path)
+    problems = []
+    if lora.strangers:
+        problems.append(f"{len(lora.strangers)} tensors have no place in a LoRA, such as {lora.strangers[0]}.")
+    without_alpha = [name for name, parts in lora.modules.items() if "alpha" not in parts]
+    if without_alpha:
+        problems.append(
+            f"{len(without_alpha)} modules have no alpha, such as {without_alpha[0]}: hosts take alpha = rank, which is too "
+            "strong if it was trained with less."
+        )
+    problems += lora.misfits()
+    for name, parts in lora.modules.items():
+        if not all(tensor.isfinite().all() for tensor in parts.values()):
+            problems.append(f"{name} holds numbers that are not finite.")
+    if all(not parts["up"].any() for parts in lora.modules.values() if "up" in parts) and not lora.has_magnitudes:
+        problems.append("Every module is zero: the adapter does nothing.")
+    matrices = [tensor for parts in lora.modules.values() for part, tensor in parts.items() if part in ("down", "up")]
+    ranks = {parts["down"].shape[0] for parts in lora.modules.values() if "down" in parts}
+    return Inspection(
+        lora.layouts,
+        len(lora.modules),
+        tuple(sorted(ranks)),
+        sum(tensor.numel() for tensor in matrices),
+        lora.has_magnitudes,
+        tuple(problems),
+    )
+
+
+def describe(path: str | os.PathLike) -> str:
+    """What an adapter file says of itself, in words, a line each.
+
+    Raises:
+        FileNotFoundError, ValueError: as `inspect_adapter`.
+    """
+    found = inspect_adapter(path)
+    size = os.path.getsize(path) / 2**20
+    ranks = ", ".join(map(str, found.ranks))
+    lines = [
+        f"{path}: {size:.1f} MiB, {found.modules} modules of rank {ranks}, {found.parameters / 1e6:.2f} M parameters",
+        f"layout         {' and '.join(found.layouts)}{', with DoRA magnitudes' if found.magnitudes else ''}",
+    ]
+    if found.layouts != ("kohya",):
+        lines.append("               ComfyUI would drop its attention modules: convert it to kohya for that")
+    elif found.magnitudes:
+        lines += [
+            "               diffusers drops kohya's DoRA magnitudes: load it with load_pcm_lora, or convert it to diffusers;",
+            "               ComfyUI applies them otherwise than PEFT",
+        ]
+    settings = read_settings(path)
+    if settings is None:
+        lines.append("It does not say how it was trained; pass num_phases when loading it.")
+    else:
+        source = "inferred from what was published" if settings.inferred else "stated in its header"
+        grid = settings.grid
+        negative = "a negative prompt works" if settings.guidance_scale > 1 else "no negative prompt"
+        lines += [
+            f"family         {settings.base_model}, predicts {settings.prediction_type} ({source})",
+            f"phases         {grid.num_phases}, edges at {', '.join(map(str, settings.phase_edges))}, "
+            f"{settings.num_solver_steps} solver steps",
+            f"guidance       {settings.guidance_scale:g} recommended ({negative})",
+            f"steps          {settings.num_inference_steps} recommended, at "
+            f"{', '.join(map(str, grid.sampling_timesteps(settings.num_inference_steps)))}",
+            f"noise          eta {settings.eta:g}: {'deterministic' if settings.eta == 0 else 'drawn anew between steps'}",
+        ]
+        if not settings.inferred:
+            lines.append(f"trained with   guidance {settings.training_guidance_scale:g}")
+    lines += [f"PROBLEM        {problem}" for problem in found.problems] or ["It is whole."]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Describe files, or convert one; 1 if one of them cannot be read or has a problem."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pcm_scheduler.lora_file", description="What adapter files say of themselves."
+    )
+    parser.add_argument("files", nargs="+", metavar="FILE")
+    parser.add_argument(
+        "--convert", choices=FORMATS, help="write the file in another layout; peft is diffusers' by another name"
+    )
+    parser.add_argument("--output", metavar="FILE", help="the .safetensors file that --convert writes")
+    given = parser.parse_args(arguments)
+    files = given.files
+    if (given.convert is None) != (given.output is None) or (given.convert and len(files) != 1):
+        parser.error("--convert takes one FILE, and --output says where to.")
+    if given.convert:
+        try:
+            convert_adapter(files[0], given.output, given.convert)
+        except (OSError, ValueError) as error:
+            print(error)
+            return 1
+        files = [given.output]
+    failed = False
+    for path in files:
+        try:
+            text = describe(path)
+        except (OSError, ValueError) as error:
+            text = f"{path}: {error}"
+            failed = True
+        failed |= "PROBLEM" in text
+        print(text)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / part) for part in ("tests", "tests/pcm_scheduler", "examples/shapes")]
+sys.path[:0] = [str(ROOT / part) for part in ("tests", "tests/pcm_scheduler", "examples", "examples/shapes")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the network is a broken test
 
 if "PYTEST_XDIST_WORKER" in os.environ:

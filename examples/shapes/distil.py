@@ -43,7 +43,7 @@ from scenes import SEARCH_SEED
 LEARNING_RATES = (3e-5, 1e-4, 3e-4)
 REFERENCE_NOISE, SEARCH_NOISE = 1, 2
 GUIDANCE_SCALES = (1.0, 1.5, 2.0)
-CONFIGS = {"PCM": HERE / "configs" / "pcm_4phase.yaml", "LCM": HERE / "configs" / "lcm.yaml"}
+CONFIGS = {name: HERE.parent / "configs" / f"{file}.yaml" for name, file in (("PCM", "shapes_pcm4"), ("LCM", "shapes_lcm"))}
 
 
 def with_learning_rate(config: TrainConfig, learning_rate: float, output: Path) -> TrainConfig:
@@ -105,7 +105,7 @@ def main() -> None:
 
     for name in [args.only] if args.only else CONFIGS:
         config = parse(["--config", str(CONFIGS[name])])
-        write_dataset(Path(config.data.folder), 8192)
+        write_dataset(Path(config.data.path), 8192)
         rows = search(name, config, args.search_images)
         table = {"model": model_fingerprint(), "images": args.search_images, "rows": rows}
         output = ADAPTERS[name]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -92,7 +92,7 @@ class Studio:
         missing = [path for path in (model / "model_index.json", *adapters.values()) if not path.is_file()]
         if missing:
             sys.exit(f"Not in this checkout: {', '.join(map(str, missing))}. Train them with: make shapes adapters")
-        self.pipe: StableDiffusionPipeline = load_pipeline(model)
+        self.pipe: StableDiffusionPipeline | StableDiffusionXLPipeline = load_pipeline(model)
         self.pipe.set_progress_bar_config(disable=True)
         if fast:
             _in_bfloat16(self.pipe.unet)
@@ -114,6 +114,7 @@ class Studio:
         steps: int,
         batch: int = 64,
         progress: str | None = None,
+        **frame: tuple[int, int],
     ) -> torch.Tensor:
         """One picture per prompt through the stock pipeline.
 
@@ -124,6 +125,7 @@ class Studio:
             steps: num_inference_steps.
             batch: pictures at a time.
             progress: name of a progress bar; None shows none.
+            frame: original_size and the like, for a pipeline of SDXL's shape.
 
         Returns:
             uint8 pictures (N, 3, 128, 128).
@@ -144,6 +146,7 @@ class Studio:
                 eta=method.eta,
                 generator=torch.Generator().manual_seed(start),
                 output_type="pt",
+                **frame,
             ).images
             pictures.append((images * 255).round().byte())
         return torch.cat(pictures)

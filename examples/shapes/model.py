@@ -1,18 +1,28 @@
-"""The parts of the shapes model in diffusers' and transformers' own classes, and the folder they are saved in."""
+"""The parts of the shapes models in diffusers' and transformers' own classes, and the folders they are saved in."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 HERE = Path(__file__).parent
 MODEL_DIR = HERE / "model"  # what ships
+XL_MODEL_DIR = HERE / "model_xl"  # its sibling of SDXL's shape
 RUNS_DIR = HERE / "runs"  # what training writes; not tracked
 MAX_TOKENS = 40
 TEXT_WIDTH = 160
+SIZE_WIDTH = 32  # of the embedding of each of the six numbers of SDXL's micro-conditioning
 
 
 def build_autoencoder() -> AutoencoderKL:
@@ -38,8 +48,9 @@ def build_tokenizer(phrases: list[str]) -> CLIPTokenizer:
     return tokenizer
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    config = CLIPTextConfig(
+def text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    """Of every text encoder here."""
+    return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=TEXT_WIDTH,
         intermediate_size=3 * TEXT_WIDTH,
@@ -51,10 +62,18 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return CLIPTextModel(config)
 
 
-def build_unet() -> UNet2DConditionModel:
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    return CLIPTextModel(text_config(tokenizer))
+
+
+def build_xl_text_encoders(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
+    """SDXL's two: the UNet reads the penultimate layers of both and the pooled, projected output of the second."""
+    return CLIPTextModel(text_config(tokenizer)), CLIPTextModelWithProjection(text_config(tokenizer))
+
+
+def build_unet(cross_attention_dim: int = TEXT_WIDTH, **config: Any) -> UNet2DConditionModel:
     """SD1.5's UNet in small: cross attention at half resolution (8 x 8) and in the middle."""
     return UNet2DConditionModel(
         sample_size=16,
@@ -65,8 +84,20 @@ def build_unet() -> UNet2DConditionModel:
         block_out_channels=(64, 112, 112),
         layers_per_block=1,
         attention_head_dim=4,  # the number of heads, by diffusers' naming of old
-        cross_attention_dim=TEXT_WIDTH,
+        cross_attention_dim=cross_attention_dim,
         norm_num_groups=16,
+        **config,
+    )
+
+
+def build_xl_unet() -> UNet2DConditionModel:
+    """The same with what SDXL adds: text twice as wide, and an embedding of the pooled text and of the picture's frame."""
+    return build_unet(
+        cross_attention_dim=2 * TEXT_WIDTH,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=SIZE_WIDTH,
+        projection_class_embeddings_input_dim=TEXT_WIDTH + 6 * SIZE_WIDTH,
     )
 
 
@@ -99,6 +130,30 @@ def assemble_pipeline(
     )
 
 
-def load_pipeline(path: Path | str | None = None) -> StableDiffusionPipeline:
-    """The shapes pipeline from its folder (default: the one that ships), in float32."""
-    return StableDiffusionPipeline.from_pretrained(path or MODEL_DIR, safety_checker=None).to(torch.float32)
+def assemble_xl_pipeline(
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    text_encoder_2: CLIPTextModelWithProjection,
+    tokenizer: CLIPTokenizer,
+    unet: UNet2DConditionModel,
+) -> StableDiffusionXLPipeline:
+    """The parts as one pipeline; both text encoders read the same tokens."""
+    return StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=text_encoder.eval(),
+        text_encoder_2=text_encoder_2.eval(),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet.eval(),
+        scheduler=build_scheduler(),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    )
+
+
+def load_pipeline(path: Path | str | None = None) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+    """A shapes pipeline, of either kind, from its folder (default: `MODEL_DIR`), in float32."""
+    folder = path or MODEL_DIR
+    if DiffusionPipeline.load_config(folder)["_class_name"] == StableDiffusionXLPipeline.__name__:
+        return StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False).to(torch.float32)
+    return StableDiffusionPipeline.from_pretrained(folder, safety_checker=None).to(torch.float32)

@@ -1,22 +1,65 @@
-"""Latents and text embeddings, computed once and kept on disk, so that training runs the UNet alone."""
+"""Latents and conditioning, computed once and kept on disk in shards, so that training runs the UNet alone."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import sys
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, islice
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from tqdm import tqdm
 
 from pcm_scheduler.lora_file import write_safetensors
 
-from ..backbones import StableDiffusion15
+from ..backbones import Backbone, Conditioning
 from ..config import DataConfig
-from .captioned_images import CaptionedImage, find_images, load_image
+from .pictures import Picture, Size, bucket_sizes, load_picture, nearest_bucket, upright_size
+from .sources import Record, Source
+
+_MEANS, _STDS, _CONDITIONING = "latent_means", "latent_stds", "conditioning/"
+_LISTED, _SHOWN = 20, 16
+
+
+@dataclass(frozen=True)
+class Example:
+    """Encoded pictures of one size: named tensors that share their first dimension, fp16.
+
+    `latent_means` and `latent_stds` (N, V, 4, h, w), scaled latents of V variants; `conditioning/...` (N, ...).
+    """
+
+    tensors: dict[str, torch.Tensor]
+
+    def __len__(self) -> int:
+        return len(self.tensors[_MEANS])
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """All encoded pictures of one size, as the files on disk hold them: read when they are asked for."""
+
+    parts: tuple[Example, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def rows(self, which: Sequence[int]) -> dict[str, torch.Tensor]:
+        """The named tensors of these pictures, float32."""
+        ends = list(accumulate(map(len, self.parts)))
+        places = [(part := bisect_right(ends, i), i - (ends[part - 1] if part else 0)) for i in which]
+        return {
+            name: torch.stack([self.parts[part].tensors[name][row] for part, row in places]).float()
+            for name in self.parts[0].tensors
+        }
 
 
 @dataclass(frozen=True)
@@ -24,70 +67,225 @@ class TrainingData:
     """What a step draws from.
 
     Attributes:
-        latent_means, latent_stds: (N, 4, h, w), scaled latents, fp16.
-        prompt_embeds: (N, tokens, width), fp16.
-        empty_embeds: (1, tokens, width), of the empty prompt, for guidance.
+        buckets: by (height, width) in pixels.
+        empty: conditioning of the empty prompt, (1, ...), for guidance and caption dropout.
+        captions: of the first pictures, to show.
     """
 
-    latent_means: torch.Tensor
-    latent_stds: torch.Tensor
-    prompt_embeds: torch.Tensor
-    empty_embeds: torch.Tensor
+    buckets: dict[Size, Bucket]
+    empty: Conditioning
+    captions: tuple[str, ...]
 
     def __len__(self) -> int:
-        return len(self.latent_means)
+        return sum(map(len, self.buckets.values()))
+
+    @property
+    def fixed(self) -> TrainingData:
+        """What validation draws from."""
+        return self
+
+    @property
+    def largest_bucket(self) -> Size:
+        """(height, width) of most pictures."""
+        return max(self.buckets, key=lambda size: len(self.buckets[size]))
+
+    def describe(self) -> str:
+        """How many pictures, of which sizes."""
+        sizes = ", ".join(f"{len(b)} of {h} x {w}" for (h, w), b in sorted(self.buckets.items()))
+        return f"{len(self)} captioned pictures: {sizes} pixels"
+
+    def skip(self, batches: int, batch_size: int) -> None:
+        """Go on after so many batches; nothing to do, for a batch is a function of its generator."""
+
+    def draw(
+        self, batch_size: int, generator: torch.Generator, device: torch.device, caption_dropout: float = 0.0
+    ) -> tuple[torch.Tensor, Conditioning]:
+        """Latents of one size drawn from their posterior, (B, 4, h, w), and their conditioning, float32."""
+        buckets = list(self.buckets.values())
+        shares = torch.tensor([float(len(bucket)) for bucket in buckets])
+        bucket = buckets[int(torch.multinomial(shares, 1, generator=generator))] if len(buckets) > 1 else buckets[0]
+        which = torch.randint(len(bucket), (batch_size,), generator=generator)
+        return drawn(bucket.rows(which.tolist()), self.empty, generator, device, caption_dropout)
 
 
-def _fingerprint(images: Sequence[CaptionedImage], config: DataConfig, model_path: str) -> str:
-    """Changes when a picture, a caption, the resolution or the model does."""
-    files = [(str(i.path), *_stamp(i.path), i.caption) for i in images]
-    weights = [(str(path), *_stamp(path)) for path in sorted(Path(model_path).rglob("*.safetensors"))]  # none for a hub id
-    return hashlib.sha256(json.dumps([files, config.resolution, model_path, weights]).encode()).hexdigest()[:16]
+def drawn(
+    rows: dict[str, torch.Tensor],
+    empty: Conditioning,
+    generator: torch.Generator,
+    device: torch.device,
+    caption_dropout: float,
+) -> tuple[torch.Tensor, Conditioning]:
+    """From encoded pictures to a batch: a variant of each, its posterior's noise, and some captions dropped."""
+    means, stds = rows[_MEANS], rows[_STDS]
+    batch_size, variants = means.shape[:2]
+    each = torch.arange(batch_size)
+    variant = torch.randint(variants, (batch_size,), generator=generator) if variants > 1 else torch.zeros_like(each)
+    mean, std = means[each, variant], stds[each, variant]
+    latents = mean + std * torch.randn(mean.shape, generator=generator)
+    dropped = torch.rand(batch_size, generator=generator) < caption_dropout
+    conditioning = {name.removeprefix(_CONDITIONING): t for name, t in rows.items() if name.startswith(_CONDITIONING)}
+    for name, tensor in conditioning.items():
+        if name in empty:
+            tensor[dropped] = empty[name].float()
+    return latents.to(device), {name: tensor.to(device) for name, tensor in conditioning.items()}
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    return path.stat().st_size, path.stat().st_mtime_ns
+def encode(records: Sequence[Record], size: Size, backbone: Backbone, config: DataConfig) -> tuple[Example | None, list[str]]:
+    """Pictures of one bucket, and why some of them are left out; None if all are."""
+    with ThreadPoolExecutor(8) as pool:
+        decoded = list(pool.map(partial(_decoded, size=size, config=config), records))
+    left_out = [found for found in decoded if isinstance(found, str)]
+    pictures = [found for found in decoded if isinstance(found, Picture)]
+    captions = [record.caption for record, found in zip(records, decoded, strict=True) if isinstance(found, Picture)]
+    if not pictures:
+        return None, left_out
+    pixels = torch.stack([p.pixels for p in pictures])
+    mean, std = backbone.encode_images(pixels.flatten(0, 1).to(backbone.unet.device))
+    frames = [backbone.frame_conditioning(p.original_size, p.crop, size) for p in pictures]
+    told = {name: tensor.half() for name, tensor in backbone.encode_prompts(captions).items()}
+    told |= {name: torch.cat([frame[name] for frame in frames]) for name in frames[0]}
+    latents = {_MEANS: mean, _STDS: std}
+    tensors = {name: t.unflatten(0, pixels.shape[:2]).half().cpu() for name, t in latents.items()}
+    return Example(tensors | {_CONDITIONING + name: tensor.cpu() for name, tensor in told.items()}), left_out
 
 
-def load_training_data(config: DataConfig, backbone: StableDiffusion15, model_path: str, cache: Path) -> TrainingData:
-    """Read the folder and encode it, or read what an earlier run encoded.
+def _decoded(record: Record, size: Size, config: DataConfig) -> Picture | str:
+    """The picture, or what is wrong with it."""
+    try:
+        return load_picture(record, size, config)
+    except ValueError as error:
+        return str(error)
 
-    Args:
-        config: the folder and the resolution.
-        backbone: encodes; on whatever device it is.
-        model_path: part of the cache's name, so that models do not share latents.
-        cache: the folder to keep it in.
+
+def empty_conditioning(backbone: Backbone) -> Conditioning:
+    """Of the empty prompt, (1, ...), as the cache would keep it."""
+    return {name: tensor.half().cpu() for name, tensor in backbone.empty_conditioning().items()}
+
+
+def check_share(left_out: Sequence[str], total: int, config: DataConfig) -> None:
+    """Say what is left out.
 
     Raises:
-        ValueError: unreadable pictures; all of them are named at once.
+        ValueError: it is more than `config.max_bad_share`, or everything.
     """
-    images = find_images(Path(config.folder))
-    path = cache / f"{_fingerprint(images, config, model_path)}.safetensors"
-    if not path.exists():
-        _encode(images, config, backbone, path)
-    return TrainingData(**load_file(path))
+    if not left_out:
+        return
+    more = [f"... and {len(left_out) - _LISTED} more"] if len(left_out) > _LISTED else []
+    message = "\n".join([f"{len(left_out)} of {total} pictures cannot be used:", *left_out[:_LISTED], *more])
+    if len(left_out) > config.max_bad_share * total or len(left_out) == total:
+        raise ValueError(f"{message}\nMend or remove them, or raise data.max_bad_share (now {config.max_bad_share:g}).")
+    print(message, file=sys.stderr)
 
 
-def _encode(images: Sequence[CaptionedImage], config: DataConfig, backbone: StableDiffusion15, path: Path) -> None:
-    device = backbone.unet.device
-    parts: dict[str, list[torch.Tensor]] = {"latent_means": [], "latent_stds": [], "prompt_embeds": []}
-    broken: list[str] = []
-    for start in tqdm(range(0, len(images), config.encode_batch_size), desc="encode"):
-        pixels, captions = [], []
-        for image in images[start : start + config.encode_batch_size]:
+@dataclass(frozen=True)
+class LatentCache:
+    """The shards of one source under one model and one set of settings.
+
+    Shard k holds the source's records k * shard_size and on; process p of P encodes the shards k = p modulo P. A shard is
+    there or it is not, so that an encoding that is cut off goes on at the next one.
+
+    Args:
+        source: what is encoded.
+        config: sizes, crops, shards.
+        backbone: encodes; on whatever device it is.
+        model_path: part of the cache's name, so that models do not share latents.
+        root: the folder of all caches.
+    """
+
+    source: Source
+    config: DataConfig
+    backbone: Backbone
+    model_path: str
+    root: Path
+
+    @property
+    def folder(self) -> Path:
+        """Named after everything that its content depends on."""
+        model = Path(self.model_path)
+        own = [model] if model.is_file() else sorted(model.rglob("*.safetensors"))  # none for a hub id
+        weights = [(str(p.relative_to(model)), p.stat().st_size, p.stat().st_mtime_ns) for p in own]
+        c = self.config
+        settings = [c.resolution, c.aspect_buckets, c.bucket_step, c.max_aspect, c.crop, c.flip, c.shard_size]
+        parts = ["4", self.source.identity, settings, self.model_path, weights]
+        return self.root / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+    @property
+    def _index(self) -> Path:
+        return self.folder / "index.json"
+
+    def _shard(self, number: int) -> Path:
+        return self.folder / f"shard-{number:06d}.safetensors"
+
+    def encode(self, process: int = 0, processes: int = 1) -> None:
+        """This process's shards, those that are missing."""
+        if self._index.exists():
+            return
+        bar = tqdm(total=self.source.total, desc="encode", disable=process > 0, unit="picture")
+        for number, records in enumerate(_chunks(self.source, self.config.shard_size)):
+            if number % processes == process and not self._shard(number).exists():
+                self._encode_shard(records, self._shard(number), bar)
+            else:
+                bar.update(len(records))
+        bar.close()
+
+    def _encode_shard(self, records: Sequence[Record], path: Path, bar: tqdm) -> None:
+        left_out = [f"{r.name} {r.problem}" for r in records if r.problem]
+        sizes = bucket_sizes(self.config)
+        by_size: dict[Size, list[Record]] = defaultdict(list)
+        for record in records:
+            if record.problem:
+                continue
             try:
-                pixels.append(load_image(image.path, config.resolution))
-                captions.append(image.caption)
+                by_size[nearest_bucket(upright_size(record), sizes)].append(record)
             except ValueError as error:
-                broken.append(str(error))
-        if broken or not pixels:
-            continue  # go on reading, to name every broken file in one message
-        mean, std = backbone.encode_images(torch.stack(pixels).to(device))
-        parts["latent_means"].append(mean.half().cpu())
-        parts["latent_stds"].append(std.half().cpu())
-        parts["prompt_embeds"].append(backbone.encode_prompts(captions).half().cpu())
-    if broken:
-        raise ValueError(f"{len(broken)} of {len(images)} pictures cannot be used:\n" + "\n".join(broken[:20]))
-    tensors = {name: torch.cat(part) for name, part in parts.items()}
-    tensors["empty_embeds"] = backbone.encode_prompts([""]).half().cpu()
-    write_safetensors(tensors, path)
+                left_out.append(str(error))
+        bar.update(len(left_out))
+        tensors: dict[str, torch.Tensor] = {}
+        for size, own in by_size.items():
+            encoded = []
+            for batch in _chunks(own, self.config.encode_batch_size):
+                example, bad = encode(batch, size, self.backbone, self.config)
+                left_out += bad
+                encoded += [example.tensors] if example else []
+                bar.update(len(batch))
+            if encoded:
+                tensors |= {f"{size[0]}x{size[1]}/{k}": torch.cat([e[k] for e in encoded]) for k in encoded[0]}
+        shown = [r.caption for r in records if not r.problem][:_SHOWN]
+        report = {"records": len(records), "left_out": left_out, "captions": shown}
+        write_safetensors(tensors, path, {"report": json.dumps(report)})
+
+    def open(self) -> TrainingData:
+        """What all processes have encoded; the same in each of them.
+
+        Raises:
+            ValueError: more pictures than `config.max_bad_share` cannot be used; they are named.
+        """
+        shards = sorted(self.folder.glob("shard-*.safetensors"))
+        reports = []
+        for path in shards:
+            with safe_open(path, framework="pt") as file:
+                reports.append(json.loads(file.metadata()["report"]))
+        left_out = [line for report in reports for line in report["left_out"]]
+        check_share(left_out, sum(report["records"] for report in reports), self.config)
+        if not self._index.exists():
+            temporary = self._index.with_suffix(f".{id(self)}.tmp")
+            temporary.write_text(json.dumps({"shards": len(shards)}), encoding="utf-8")
+            temporary.replace(self._index)
+        parts: dict[Size, list[Example]] = defaultdict(list)
+        for path in shards:
+            by_size: dict[Size, dict[str, torch.Tensor]] = defaultdict(dict)
+            for key, tensor in load_file(path).items():  # mapped into memory, not read
+                frame, name = key.split("/", 1)
+                height, width = map(int, frame.split("x"))
+                by_size[height, width][name] = tensor
+            for size, tensors in by_size.items():
+                parts[size].append(Example(tensors))
+        captions = tuple(caption for report in reports for caption in report["captions"])[:_SHOWN]
+        buckets = {size: Bucket(tuple(examples)) for size, examples in sorted(parts.items())}
+        return TrainingData(buckets, empty_conditioning(self.backbone), captions)
+
+
+def _chunks(records: Source | Sequence[Record], size: int) -> Iterator[list[Record]]:
+    iterator = iter(records)
+    while chunk := list(islice(iterator, size)):
+        yield chunk

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from diffusers.utils import logging
 
-from ..lora_file import AdapterSettings, read_settings, with_overrides
+from ..lora_file import AdapterSettings, read_lora, read_settings, with_overrides
+from ..lora_layouts import to_diffusers
 from ..scheduling_pcm import PCMScheduler
 
 logger = logging.get_logger(__name__)
 
 
-def _local_file(adapter: str, weight_name: str | None) -> Path:
+def local_file(adapter: str, weight_name: str | None) -> Path:
+    """The file that `load_pcm_lora`'s first two arguments name, fetched from the hub if it is there.
+
+    Raises:
+        ValueError: a folder or hub repository that does not say which file.
+    """
     path = Path(adapter)
     if path.is_file():
         return path
@@ -56,11 +63,11 @@ def load_pcm_lora(
         ValueError: the file is not safetensors, neither it nor the caller says the phases, or it was trained for another
             prediction type or number of timesteps than the pipeline's.
     """
-    path = _local_file(str(adapter), weight_name)
+    path = local_file(str(adapter), weight_name)
     stated = read_settings(path)
     settings = with_overrides(stated, num_phases=num_phases, phase_edges=phase_edges, num_solver_steps=num_solver_steps)
     if settings.inferred:
-        logger.warning(f"{path.name} does not state its settings; inferred from its name: {settings}")
+        logger.warning(f"{path.name} does not state its settings; inferred from what was published: {settings}")
     scheduler = PCMScheduler.from_config(
         pipe.scheduler.config, **settings.scheduler_config
     )  # refuses before weights are touched
@@ -72,6 +79,27 @@ def load_pcm_lora(
             )
     if adapter_name in {name for names in pipe.get_list_adapters().values() for name in names}:
         pipe.delete_adapters(adapter_name)
-    pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=adapter_name)
+    _load_weights(pipe, path, adapter_name)
     pipe.scheduler = scheduler
     return settings
+
+
+def _load_weights(pipe: Any, path: Path, adapter_name: str) -> None:
+    """As diffusers loads it, unless that would lose something.
+
+    Of kohya's layout diffusers (0.42) drops DoRA magnitudes, and the alphas of attention modules where alphas differ.
+    """
+    lora = read_lora(path)
+    alphas_differ = len({lora.alpha(name) for name in lora.modules}) > 1
+    if "kohya" in lora.layouts and (lora.has_magnitudes or alphas_differ):
+        tensors, metadata = to_diffusers(lora)
+        pipe.load_lora_into_unet(
+            tensors,
+            network_alphas=None,
+            unet=pipe.unet,
+            adapter_name=adapter_name,
+            metadata=json.loads(metadata),
+            _pipeline=pipe,
+        )
+    else:
+        pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=adapter_name)

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
-from safetensors.torch import load_file
+import yaml
+from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from huggingface_hub.utils import filter_repo_objects
+from peft import LoraConfig as PeftLoraConfig
+from peft.utils import get_peft_model_state_dict
+from PIL import Image
+from safetensors.torch import load_file, save_model
 from write_dataset import write_dataset
 
 from lora_training.backbones import load_backbone
+from lora_training.backbones.conditioning import expanded
+from lora_training.backbones.full_size import ADAPTED_MODULES, UNET_CONFIGS
+from lora_training.checkpoint import load_checkpoint, save_checkpoint
 from lora_training.config import (
     DataConfig,
     LoraConfig,
@@ -21,18 +33,23 @@ from lora_training.config import (
     OptimizerConfig,
     SamplingConfig,
     TrainConfig,
+    ValidationConfig,
 )
-from lora_training.data.captioned_images import find_images, load_image
-from lora_training.loop import run
-from lora_training.objectives import ConsistencyObjective, pseudo_huber
+from lora_training.distances import build_distance, pseudo_huber
+from lora_training.dry_run import dry_run
+from lora_training.loop import Interrupted, Run, run
+from lora_training.objectives import ConsistencyObjective
+from lora_training.optimizers import build_optimizer
 from lora_training.randomness import generator_of
-from lora_training.teacher import ddim_step
+from lora_training.teacher import SOLVERS, Levels, guided_prediction
 from lora_training.train import parse
 from pcm_scheduler import load_pcm_lora, read_settings
+from pcm_scheduler.lora_file import kohya_state_dict
 from pcm_scheduler.phases import PhaseGrid
 
 from model import MODEL_DIR, load_pipeline
 
+UNET_FILE = "diffusion_pytorch_model.safetensors"
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -46,11 +63,12 @@ def pictures(tmp_path_factory):
 def config_for(pictures, output, steps=4, **kwargs):
     return TrainConfig(
         model=ModelConfig(path=str(MODEL_DIR)),
-        data=DataConfig(folder=str(pictures), resolution=128, cache=str(pictures / "cache")),
+        data=DataConfig(path=str(pictures), resolution=128, cache=str(pictures / "cache")),
         lora=LoraConfig(rank=4, alpha=2.0),
         objective=ObjectiveConfig(guidance_scale=3.0),
         optimizer=OptimizerConfig(learning_rate=1e-3, batch_size=2, steps=steps, schedule="cosine"),
         sampling=SamplingConfig(guidance_scale=1.5),
+        validation=ValidationConfig(steps=(1, 2), guidance_scales=(1.0,)),
         output=str(output),
         **kwargs,
     )
@@ -71,31 +89,133 @@ def test_a_run_writes_a_file_that_loads_and_changes_the_picture(pictures, tmp_pa
     assert (adapted - plain).abs().max() > 1e-3
 
 
-def test_an_interrupted_run_ends_with_the_same_weights(pictures, tmp_path, monkeypatch):
-    whole = run(config_for(pictures, tmp_path / "whole.safetensors", steps=6))
+def losses_of(monkeypatch):
+    """Every loss that a run computes, in order."""
+    seen = []
+    original = Run.step
+    monkeypatch.setattr(Run, "step", lambda self, step: seen.append(original(self, step)) or seen[-1])
+    return seen
 
-    calls = 0
+
+def stop_at(monkeypatch, step):
+    """SIGTERM in the middle of step `step`."""
     original = ConsistencyObjective.__call__
+    calls = iter(range(10**6))
 
     def interrupted(self, *args):
-        nonlocal calls
-        calls += 1
-        if calls == 5:
-            raise KeyboardInterrupt
+        if next(calls) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
         return original(self, *args)
 
-    config = config_for(pictures, tmp_path / "resumed.safetensors", steps=6, checkpoint_every=3)
     monkeypatch.setattr(ConsistencyObjective, "__call__", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(config)
+
+
+@pytest.mark.parametrize(
+    ("objective", "optimizer", "streaming"),
+    [
+        (ObjectiveConfig(), "adamw", False),
+        (ObjectiveConfig(target_ema=0.9, progressive_phases=(8, 4)), "adamw", True),
+        (ObjectiveConfig(), "prodigy", False),
+    ],
+)
+def test_a_run_that_is_stopped_and_resumed_is_the_same_bit_for_bit(
+    pictures, tmp_path, monkeypatch, objective, optimizer, streaming
+):
+    losses = losses_of(monkeypatch)
+    whole = config_for(pictures, tmp_path / "whole.safetensors", steps=20)
+    whole = dataclasses.replace(whole, objective=objective, lora=LoraConfig(rank=4, dropout=0.1))
+    if optimizer == "prodigy":
+        pytest.importorskip("prodigyopt")
+        whole.optimizer = dataclasses.replace(whole.optimizer, name="prodigy", learning_rate=1.0)
+    whole.data.streaming = streaming
+    run(whole)
+    straight = losses[:]
+    losses.clear()
+
+    config = dataclasses.replace(whole, output=str(tmp_path / "resumed.safetensors"))
+    with monkeypatch.context() as patch:
+        stop_at(patch, 9)
+        with pytest.raises(Interrupted, match="after step 10"):
+            run(config)
     assert not Path(config.output).exists()
-    assert Path(config.output).with_suffix(".checkpoint.safetensors").exists()
+    other = dataclasses.replace(config, objective=dataclasses.replace(objective, guidance_scale=7.0))
     with pytest.raises(ValueError, match="other settings"):
-        run(dataclasses.replace(config, objective=ObjectiveConfig(guidance_scale=7.0)))
-    monkeypatch.setattr(ConsistencyObjective, "__call__", original)
-    resumed = run(config)
-    for key, tensor in load_file(whole).items():
-        torch.testing.assert_close(load_file(resumed)[key], tensor, rtol=1e-3, atol=1e-5)
+        run(other)
+    run(config)
+    assert losses == straight
+    for key, tensor in load_file(whole.output).items():
+        assert torch.equal(load_file(config.output)[key], tensor), key
+    assert not list(tmp_path.rglob("step-*.safetensors")), "checkpoints of a finished run"
+    assert yaml.safe_load((tmp_path / "resumed.run" / "config.yaml").read_text())["lora"]["dropout"] == 0.1
+
+
+def test_bad_steps_are_skipped_and_too_many_in_a_row_stop_the_run(pictures, tmp_path, monkeypatch):
+    original, bad = ConsistencyObjective.__call__, {1, 3}
+    calls = iter(range(10**6))
+
+    def sometimes_nan(self, *args):
+        loss = original(self, *args)
+        return loss * float("nan") if next(calls) in bad else loss
+
+    monkeypatch.setattr(ConsistencyObjective, "__call__", sometimes_nan)
+    written = run(config_for(pictures, tmp_path / "some.safetensors", max_bad_steps=2))
+    assert all(tensor.isfinite().all() for tensor in load_file(written).values())
+    first = next(calls) + 1
+    bad |= set(range(first + 1, first + 20))
+    with pytest.raises(RuntimeError, match=r"3 steps in a row.*learning_rate.*step-00000001"):
+        run(config_for(pictures, tmp_path / "all.safetensors", max_bad_steps=3, checkpoint_every=1))
+
+
+def test_only_so_many_checkpoints_are_kept_and_a_broken_one_is_named(pictures, tmp_path, monkeypatch):
+    config = config_for(pictures, tmp_path / "a.safetensors", steps=9, checkpoint_every=1, checkpoints_kept=2)
+    stop_at(monkeypatch, 4)
+    with pytest.raises(Interrupted):
+        run(config)
+    kept = sorted((tmp_path / "a.run" / "checkpoints").iterdir())
+    assert [p.name for p in kept] == ["step-00000004.safetensors", "step-00000005.safetensors"]
+    kept[-1].write_bytes(kept[-1].read_bytes()[:1000])
+    with pytest.raises(ValueError, match="step-00000005"):
+        run(config)
+
+
+def test_gradients_accumulate_over_fresh_batches(pictures, tmp_path):
+    config = config_for(pictures, tmp_path / "a.safetensors")
+    config.optimizer = dataclasses.replace(config.optimizer, gradient_accumulation=2)
+    accumulated = Run(config)
+    accumulated.step(0)
+    single = Run(dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, gradient_accumulation=1)))
+    expected = []
+    for micro in range(2):
+        generator = generator_of(0, 0, 0, micro)
+        batch = single.data.draw(2, generator, torch.device("cpu"))
+        single.objectives[0](*batch, single.data.empty, generator).backward()
+        expected = [p.grad for p in single.parameters.values()]
+    norm = torch.cat([g.flatten() for g in expected]).norm() / 2
+    for ours, summed in zip(accumulated.parameters.values(), expected, strict=True):
+        torch.testing.assert_close(ours.grad, summed / 2 / norm.clamp(min=1), rtol=1e-3, atol=1e-6)
+
+
+def test_a_run_goes_on_from_another_runs_adapter(pictures, tmp_path):
+    first = run(config_for(pictures, tmp_path / "first.safetensors"))
+    stored = {key: tensor.flatten(1).float() for key, tensor in load_file(first).items() if tensor.ndim}
+    config = config_for(pictures, tmp_path / "second.safetensors")
+    config.lora = LoraConfig(rank=4, alpha=8.0, init_adapter=str(first))
+    started = Run(config).backbone
+    ours = kohya_state_dict(started.adapter_state(), started.adapter_alphas())
+    changes = 0
+    for key in stored:
+        if key.endswith("lora_down.weight") and ours[key].ndim == 2:
+            up = key.replace("lora_down", "lora_up")
+            theirs = 2.0 / 4 * stored[up] @ stored[key]
+            torch.testing.assert_close(8.0 / 4 * ours[up] @ ours[key], theirs, rtol=1e-3, atol=1e-6)
+            changes += bool(theirs.any())
+    assert changes > 10
+    config.lora = LoraConfig(rank=8, init_adapter=str(first))
+    with pytest.raises(ValueError, match=r"lora\.rank"):
+        Run(config)
+    config.lora = LoraConfig(rank=4, targets="attention", init_adapter=str(first))
+    with pytest.raises(ValueError, match="has modules that this adapter has not"):
+        Run(config)
 
 
 def test_seed_process_and_step_each_change_the_noise():
@@ -123,7 +243,7 @@ def test_the_teacher_is_the_same_network_bit_for_bit():
     with torch.no_grad():
         before = backbone.predict(latents, t, embeds)
         parameters = backbone.add_adapter(LoraConfig(rank=2), seed=0)
-        for p in parameters:
+        for p in parameters.values():
             p.add_(0.05)
         student = backbone.predict(latents, t, embeds)
         with backbone.teacher():
@@ -132,37 +252,180 @@ def test_the_teacher_is_the_same_network_bit_for_bit():
     assert not torch.equal(student, before)
 
 
+def levels_of(backbone, grid):
+    stops = torch.tensor(grid.timesteps)
+    return Levels(stops, backbone.alphas[stops].float(), backbone.sigmas[stops].float())
+
+
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
 def test_the_teachers_step_is_diffusers_ddim_with_guidance(backbone, guidance_scale):
-    from diffusers import DDIMScheduler
-
-    latents, embeds, empty = batch_for(backbone)
-    ddim = DDIMScheduler.from_config(load_pipeline().scheduler.config)
-    ddim.set_timesteps(50)
-    n = 37
-    t = torch.tensor([739] * 3)
-    levels = tuple(float(v) for v in (backbone.alphas[739], backbone.sigmas[739], backbone.alphas[719], backbone.sigmas[719]))
-    got = ddim_step(backbone, latents, t, embeds, empty.expand(3, -1, -1), guidance_scale, levels)
+    latents, told, empty = batch_for(backbone)
+    scheduler = DDIMScheduler.from_config(load_pipeline().scheduler.config)
+    scheduler.set_timesteps(50)
+    n, levels = 37, levels_of(backbone, PhaseGrid.even(1))
+    teacher = guided_prediction(backbone, levels, told, expanded(empty, 3), torch.full((3,), guidance_scale))
+    got = SOLVERS["ddim"](teacher, levels, latents, torch.tensor([n] * 3), torch.tensor([n - 1] * 3))
+    t = torch.tensor([n * 20 - 1] * 3)
     with torch.no_grad():
-        guided, unguided = (backbone.predict(latents, t, e) for e in (embeds, empty.expand(3, -1, -1)))
-    expected = ddim.step(unguided + guidance_scale * (guided - unguided), n * 20 - 1, latents).prev_sample
+        guided, unguided = (backbone.predict(latents, t, c) for c in (told, expanded(empty, 3)))
+    expected = scheduler.step(unguided + guidance_scale * (guided - unguided), n * 20 - 1, latents).prev_sample
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_may_differ_between_the_samples_of_a_batch(backbone):
+    latents, told, empty = batch_for(backbone)
+    levels, n = levels_of(backbone, PhaseGrid.even(1)), torch.tensor([20, 30, 40])
+
+    def predicted(scales):
+        return guided_prediction(backbone, levels, told, expanded(empty, 3), torch.tensor(scales))(latents, n)
+
+    mixed = predicted([1.0, 3.0, 7.0])
+    for i, scale in enumerate((1.0, 3.0, 7.0)):
+        torch.testing.assert_close(mixed[i], predicted([scale] * 3)[i], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "order"), [("ddim", 1), ("euler", 1), ("heun", 2), ("dpmpp_2m", 2)])
+def test_solvers_converge_at_their_order_on_an_ode_with_a_known_solution(name, order):
+    """Gaussian data N(mu, s^2): x_t's PF-ODE is solved by keeping (x - alpha mu) / sqrt(alpha^2 s^2 + sigma^2)."""
+    alphas_cumprod = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).alphas_cumprod.double()
+    mu, spread = 0.7, 0.4
+
+    def error(points):
+        stops = torch.linspace(200, 800, points + 1).round().long()
+        levels = Levels(stops, alphas_cumprod[stops].sqrt(), (1 - alphas_cumprod[stops]).sqrt())
+        width = (levels.alphas**2 * spread**2 + levels.sigmas**2).sqrt()
+
+        def teacher(x, n):
+            alpha, sigma = levels(n)
+            return mu + alpha * spread**2 / (alpha**2 * spread**2 + sigma**2) * (x - alpha * mu)
+
+        # one step from the true path at every point: what training asks of a solver
+        n = torch.arange(1, points)  # the top has no point above, where dpmpp_2m is ddim
+        on_path = lambda k: (levels.alphas[k] * mu + 1.3 * width[k]).view(-1, 1, 1, 1)  # noqa: E731
+        got = SOLVERS[name](teacher, levels, on_path(n), n, n - 1)
+        return (got - on_path(n - 1)).abs().max().item()
+
+    # a step's own error falls by 2^(order + 1) when the steps are halved
+    assert error(10) / error(20) > 0.8 * 2 ** (order + 1)
 
 
 def test_the_jump_is_the_identity_at_the_edge_and_the_loss_vanishes_one_point_above_for_the_teacher(backbone):
     """An untrained student is the teacher: unguided, one point above an edge, student and target agree exactly."""
-    latents, embeds, empty = batch_for(backbone)
+    latents, told, empty = batch_for(backbone)
     grid = PhaseGrid.even(50)  # every point is an edge
-    objective = ConsistencyObjective(backbone, grid, guidance_scale=1.0, huber_c=1e-3)
+    unguided = ObjectiveConfig(num_phases=50, guidance_scale=1.0)
+    objective = ConsistencyObjective(backbone, grid, unguided)
     n = torch.tensor([0, 12, 50])
-    assert torch.equal(objective.jump_to_edge(latents, n, n, embeds), latents)
-    backbone_with_adapter = load_backbone(ModelConfig(path=str(MODEL_DIR)))
-    backbone_with_adapter.add_adapter(LoraConfig(rank=2), seed=0)  # initialised to no effect
-    objective = ConsistencyObjective(backbone_with_adapter, grid, guidance_scale=1.0, huber_c=1e-3)
-    loss = objective(latents, embeds, empty, torch.Generator().manual_seed(0))
+    assert torch.equal(objective.jump_to_edge(latents, n, n, told), latents)
+    with_adapter = load_backbone(ModelConfig(path=str(MODEL_DIR)))
+    with_adapter.add_adapter(LoraConfig(rank=2), seed=0)  # initialised to no effect
+    loss = ConsistencyObjective(with_adapter, grid, unguided)(latents, told, empty, torch.Generator().manual_seed(0))
     assert loss.item() < 1e-6
-    coarse = ConsistencyObjective(backbone_with_adapter, PhaseGrid.even(1), guidance_scale=5.0, huber_c=1e-3)
-    assert coarse(latents, embeds, empty, torch.Generator().manual_seed(0)).item() > 1e-4
+    # a solver that would skip edges stops at them
+    skipping = dataclasses.replace(unguided, solver_skip=7)
+    loss = ConsistencyObjective(with_adapter, grid, skipping)(latents, told, empty, torch.Generator().manual_seed(0))
+    assert loss.item() < 1e-6
+    coarse = ConsistencyObjective(with_adapter, PhaseGrid.even(1), ObjectiveConfig(num_phases=1, guidance_scale=5.0))
+    assert coarse(latents, told, empty, torch.Generator().manual_seed(0)).item() > 1e-4
+
+
+def test_guidance_is_drawn_from_its_range(backbone):
+    objective = ConsistencyObjective(backbone, PhaseGrid.even(4), ObjectiveConfig(guidance_scale=(2.0, 6.0)))
+    drawn = objective.draw_guidance(1000, torch.Generator().manual_seed(0))
+    assert 2 <= drawn.min() < 2.1
+    assert 5.9 < drawn.max() <= 6
+
+
+def test_the_averaged_target_lags_behind_the_student():
+    backbone = load_backbone(ModelConfig(path=str(MODEL_DIR)))
+    latents, told, _ = batch_for(backbone)
+    t = torch.tensor([500] * 3)
+    parameters = backbone.add_adapter(LoraConfig(rank=2), seed=0, averaged_target=True)
+    with torch.no_grad():
+        teacher = backbone.predict(latents, t, told)
+        for p in parameters.values():
+            p.add_(0.05)
+        student = backbone.predict(latents, t, told)
+        with backbone.target():
+            assert torch.equal(backbone.predict(latents, t, told), teacher)
+        backbone.update_target(0.0)
+        with backbone.target():
+            torch.testing.assert_close(backbone.predict(latents, t, told), student)
+    assert all(p.requires_grad for p in parameters.values())
+    assert len(backbone.adapter_state()) == len(parameters)
+
+
+def test_lpips_sees_pictures_and_reaches_the_latents(backbone, tmp_path):
+    """Its own network with random weights, from a file: zero for equal points, with a gradient for others."""
+    lpips = pytest.importorskip("lpips")
+    path = tmp_path / "lpips.safetensors"
+    save_model(lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False), path)
+    measure = build_distance(ObjectiveConfig(distance="lpips", lpips_weights=str(path)), backbone)
+    one = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    other, alpha = (one + 0.1).requires_grad_(), torch.full((1, 1, 1, 1), 0.9)
+    assert measure(one, one, alpha) == 0
+    distance = measure(other, one, alpha)
+    distance.backward()
+    assert distance != 0  # with random weights it has either sign
+    assert other.grad.abs().max() > 0
+    for weights, says in (("", "lpips_weights"), (str(MODEL_DIR / "unet" / UNET_FILE), "not the state of")):
+        with pytest.raises(ValueError, match=says):
+            build_distance(ObjectiveConfig(distance="lpips", lpips_weights=weights), backbone)
+
+
+def test_dora_trains_and_its_file_loads_exactly(pictures, tmp_path):
+    config = config_for(pictures, tmp_path / "dora.safetensors", steps=2)
+    config.lora.dora = True
+    trained = Run(config)
+    output = trained.train()
+    unet = trained.backbone.unet.eval()
+    inputs = torch.randn(1, 4, 16, 16), torch.tensor([500]), torch.randn(1, 40, 160)
+    pipe = load_pipeline()
+    load_pcm_lora(pipe, output)
+    with torch.no_grad():
+        torch.testing.assert_close(pipe.unet(*inputs).sample, unet(*inputs).sample, atol=2e-3, rtol=0)  # a file in fp16
+    again = config_for(pictures, tmp_path / "again.safetensors", steps=1)
+    again.lora = dataclasses.replace(config.lora, init_adapter=str(output))
+    assert run(again).is_file()
+
+
+def test_a_checkpoint_keeps_the_scale_of_fp16_losses(tmp_path):
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([parameter])
+    parameter.grad = torch.ones(2)
+    optimizer.step()
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    scaler.scale(torch.ones(()))  # it is made at its first use
+    save_checkpoint(tmp_path / "c.safetensors", {"p": parameter}, optimizer, 1, scaler=scaler)
+    other = torch.amp.GradScaler("cpu")
+    assert load_checkpoint(tmp_path / "c.safetensors", {"p": parameter}, optimizer, scaler=other) == 1
+    assert other.get_scale() == 64.0
+
+
+def test_a_pushed_adapter_takes_its_card_and_nothing_else_along(pictures, tmp_path, monkeypatch):
+    sent = []
+
+    class Hub:
+        def create_repo(self, repo, **how):
+            assert how["private"]
+            return f"hub/{repo}"
+
+        def upload_file(self, path_or_fileobj, **how):
+            sent.append(Path(path_or_fileobj).name)
+
+        def upload_folder(self, folder_path, allow_patterns, **how):
+            names = [str(p.relative_to(folder_path)) for p in folder_path.rglob("*")]
+            sent.extend(filter_repo_objects(names, allow_patterns=allow_patterns))
+
+    monkeypatch.setattr("lora_training.hub.HfApi", Hub)
+    run(config_for(pictures, tmp_path / "a.safetensors", steps=1, push_to_hub="me/mine"))
+    assert sorted(sent) == ["README.md", "a.safetensors", "samples/step-00000001.png"]
+
+
+def test_an_optimiser_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr("lora_training.optimizers.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install bitsandbytes"):
+        build_optimizer(OptimizerConfig(name="adamw8bit"), [torch.nn.Parameter(torch.zeros(1))])
 
 
 def test_pseudo_huber_is_a_square_below_c_and_an_absolute_value_above():
@@ -170,44 +433,125 @@ def test_pseudo_huber_is_a_square_below_c_and_an_absolute_value_above():
     assert pseudo_huber(torch.tensor([10.0]), 1e-3).item() == pytest.approx(10.0 - 1e-3, rel=1e-4)
 
 
-@pytest.mark.parametrize("extension", ["png", "jpg", "webp", "PNG"])
-def test_pictures_of_every_kind_and_shape_are_read(tmp_path, extension):
-    from PIL import Image
-
-    Image.new("RGBA", (200, 90), (255, 0, 0, 255)).convert("RGB").save(tmp_path / f"a.{extension}")
-    (tmp_path / "a.txt").write_text("a red picture\n")
-    found = find_images(tmp_path)
-    assert [i.caption for i in found] == ["a red picture"]
-    image = load_image(found[0].path, 64)
-    assert image.shape == (3, 64, 64)
-    assert image[0].mean() > 0.9
-
-
-def test_bad_data_is_named_not_waited_for(tmp_path, pictures):
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        find_images(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="no pictures"):
-        find_images(tmp_path)
-    (tmp_path / "broken.png").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=r"1 of 1.*broken\.png"):
-        find_images(tmp_path)
-    (tmp_path / "broken.txt").write_text("words")
-    config = dataclasses.replace(config_for(pictures, tmp_path / "x.safetensors"))
-    config.data = DataConfig(folder=str(tmp_path), resolution=128)
-    with pytest.raises(ValueError, match=r"broken\.png cannot be read"):
+def test_bad_data_is_named_left_out_or_stops_the_run(tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    write_dataset(folder, 3)
+    (folder / "broken.png").write_bytes(b"nothing")
+    config = config_for(folder, tmp_path / "x.safetensors", steps=1)
+    with pytest.raises(ValueError, match=r"(?s)1 of 4.*broken\.png has no caption.*max_bad_share"):
         run(config)
+    (folder / "broken.txt").write_text("words")
+    with pytest.raises(ValueError, match=r"(?s)1 of 4.*broken\.png cannot be read.*max_bad_share"):
+        run(config)
+    config.data.max_bad_share = 0.5
+    assert run(config).is_file()
+    assert "broken.png" in capsys.readouterr().err
+
+
+def test_validation_shows_pictures_and_figures_while_the_run_goes_on(pictures, tmp_path):
+    config = config_for(pictures, tmp_path / "a.safetensors")
+    config.validation = ValidationConfig(
+        every=2, prompts=("a red star", "a blue ring"), steps=(1, 2), guidance_scales=(1.0, 3.0)
+    )
+    run(config)
+    folder = tmp_path / "a.run"
+    sheets = sorted((folder / "samples").iterdir())
+    assert [p.name for p in sheets] == ["step-00000002.png", "step-00000004.png"]
+    assert Image.open(sheets[0]).size == (120 + 2 * 132, 4 * 132)
+    rows = (folder / "validation.csv").read_text().splitlines()
+    assert rows[0] == "step,validation_loss,consistency"
+    assert len(rows) == 3
+    assert 0 < float(rows[2].split(",")[1]) < 1
+    card = (folder / "README.md").read_text()
+    assert 'load_pcm_lora(pipe, "a.safetensors")' in card
+    assert "0, 239, 499, 739, 999" in card
+
+
+def test_validation_leaves_the_run_as_it_was(pictures, tmp_path):
+    """The same weights with and without looking."""
+    quiet = run(config_for(pictures, tmp_path / "quiet.safetensors"))
+    config = config_for(pictures, tmp_path / "watched.safetensors")
+    config.validation = dataclasses.replace(config.validation, every=1)
+    for key, tensor in load_file(run(config)).items():
+        assert torch.equal(tensor, load_file(quiet)[key]), key
+
+
+def test_one_picture_is_enough(tmp_path):
+    write_dataset(tmp_path / "one", 1)
+    assert run(config_for(tmp_path / "one", tmp_path / "x.safetensors", steps=1)).is_file()
+
+
+def test_sdxl_trains_and_its_file_loads_exactly(tmp_path):
+    """Two text encoders, pooled embeddings, micro-conditioning; the student after loading is the student before saving."""
+    tiny_models.sdxl_pipeline().save_pretrained(tmp_path / "model")
+    write_dataset(tmp_path / "data", 4)
+    config = config_for(tmp_path / "data", tmp_path / "adapter.safetensors", steps=2)
+    config.model = ModelConfig(path=str(tmp_path / "model"), family="sdxl")
+    config.data.resolution = 32
+    trained = Run(config)
+    rows = trained.data.buckets[32, 32].rows(range(4))
+    torch.testing.assert_close(rows["conditioning/time_ids"], torch.tensor([[128.0, 128, 0, 0, 32, 32]] * 4))
+    assert not trained.data.empty["pooled_prompt_embeds"].any(), "SDXL's pipeline uses zeros for an empty prompt"
+    output = trained.train()
+    assert read_settings(output).base_model == "sdxl"
+
+    latents, told = trained.data.draw(2, torch.Generator().manual_seed(0), torch.device("cpu"))
+    t = torch.tensor([500, 999])
+    pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path / "model")
+    load_pcm_lora(pipe, output)
+    with torch.no_grad():
+        ours = trained.backbone.predict(latents, t, told)
+        added = {"text_embeds": told["pooled_prompt_embeds"], "time_ids": told["time_ids"]}
+        theirs = pipe.unet(latents, t, told["prompt_embeds"], added_cond_kwargs=added).sample
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)  # stored in fp16
+
+
+def test_a_model_of_another_family_is_refused(tmp_path):
+    tiny_models.sdxl_pipeline().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="sdxl"):
+        load_backbone(ModelConfig(path=str(tmp_path), family="sd15"))
+    with pytest.raises(ValueError, match="does not exist"):
+        load_backbone(ModelConfig(path="nowhere.safetensors"))
+
+
+@pytest.mark.parametrize(("family", "millions"), [("sd15", 67), ("sdxl", 197)])
+def test_adapters_of_full_sized_networks_have_the_published_sizes(family, millions):
+    """The true configurations without their weights: which modules are adapted, and how large the published files are."""
+    adapter = PeftLoraConfig(r=64, lora_alpha=64, target_modules=list(LoraConfig().target_names))
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**UNET_CONFIGS[family])
+        unet.add_adapter(adapter, adapter_name="student")
+    state = get_peft_model_state_dict(unet, adapter_name="student")
+    modules = ADAPTED_MODULES[family]
+    assert len(state) == 2 * modules
+    assert round(sum(tensor.numel() for tensor in state.values()) / 1e6) == millions
+    names = {key.removesuffix(".weight").rpartition(".")[0] for key in state}
+    assert len(kohya_state_dict(state, dict.fromkeys(names, 64.0))) == 3 * modules
+
+
+def test_a_dry_run_says_what_would_happen_and_writes_nothing(pictures, tmp_path, capsys):
+    dry_run(Run(config_for(pictures, tmp_path / "adapter.safetensors", steps=1000)))
+    said = capsys.readouterr().out
+    for words in ("8 captioned", "128 x 128", "0, 239, 499, 739, 999", "999, 739, 499, 239", "1000 steps of 2", "one step"):
+        assert words in said, said
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--lora.rnk", "8"], "lora.rnk"),
+        (["--lora.rnk", "8"], "Did you mean lora.rank"),
+        (["--optimizer.learnign_rate", "8"], "Did you mean optimizer.learning_rate"),
         (["--lora.rank", "many"], "lora.rank"),
         (["--objective.name", "magic"], "pcm"),
         (["--output", "adapter.bin"], "safetensors"),
         (["--objective.name", "lcm"], "one phase"),
         (["--objective.num_solver_steps", "48"], "50"),
         (["--objective.guidance_scale", "0.5"], "at least 1"),
+        (["--objective.guidance_scale", "[6.0,2.0]"], "at least 1"),
+        (["--objective.progressive_phases", "[8,2]"], "must end at"),
+        (["--lora.dropout", "2"], "between 0 and 1"),
+        (["--lora.targets", "everything"], "attention"),
         (["--optimizer.steps", "0"], "positive"),
     ],
 )
@@ -218,18 +562,67 @@ def test_the_command_line_refuses_by_name(arguments, says, capsys):
     assert says in f"{stopped.value.code} {capsys.readouterr().err}"
 
 
+def test_a_misspelt_key_in_the_file_is_named_with_the_right_one(tmp_path, capsys):
+    (tmp_path / "my.yaml").write_text("objective:\n  num_phase: 8\n")
+    with pytest.raises(SystemExit):
+        parse(["--config", str(tmp_path / "my.yaml")])
+    assert "Did you mean objective.num_phases" in capsys.readouterr().err
+
+
+def launch(*arguments, config_file=None):
+    """`accelerate launch lora_training/train.py` in a process of its own."""
+    how = ["--config_file", config_file] if config_file else ["--cpu", "--num_processes", "1", "--num_machines", "1"]
+    how += [] if config_file else ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *how, "lora_training/train.py", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def shapes_arguments(pictures, output, **settings):
+    given = {
+        "config": "examples/configs/shapes_pcm4.yaml", "model.path": MODEL_DIR, "data.path": pictures,
+        "data.cache": pictures / "cache", "optimizer.steps": 2, "optimizer.batch_size": 2, "lora.rank": 2,
+        "mixed_precision": "no", "validation.steps": "[1]", "validation.guidance_scales": "[1.0]", "output": output,
+    } | settings  # fmt: skip
+    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
+
+
 def test_accelerate_launches_the_script_with_the_shipped_configuration(pictures, tmp_path):
     output = tmp_path / "adapter.safetensors"
-    command = [
-        sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu",
-        "--num_processes", "1", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "lora_training/train.py",
-        "--config", "examples/shapes/configs/pcm_4phase.yaml", "--model.path", str(MODEL_DIR),
-        "--data.folder", str(pictures), "--data.cache", str(tmp_path),
-        "--optimizer.steps", "2", "--optimizer.batch_size", "2", "--lora.rank", "2", "--output", str(output),
-    ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = launch(*shapes_arguments(pictures, output))
     assert f"wrote {output}" in done.stdout
     assert "loss=" in done.stderr
     assert read_settings(output).grid.num_phases == 4
+
+
+def test_two_processes_train_one_adapter_on_different_samples(pictures, tmp_path):
+    two, one = tmp_path / "two.safetensors", tmp_path / "one.safetensors"
+    done = launch(*shapes_arguments(pictures, two), config_file="examples/accelerate/two_processes_cpu.yaml")
+    assert done.stdout.count("wrote") == 1
+    run(parse(shapes_arguments(pictures, one)))
+    pairs = [(tensor, load_file(one)[key]) for key, tensor in load_file(two).items()]
+    assert any(not torch.equal(a, b) for a, b in pairs), "the second process added nothing"
+    assert all(a.isfinite().all() for a, _ in pairs)
+
+
+def test_sigterm_saves_and_exits_with_0(pictures, tmp_path):
+    output = tmp_path / "adapter.safetensors"
+    command = [sys.executable, "lora_training/train.py", *shapes_arguments(pictures, output, **{"optimizer.steps": 10000})]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = ""
+    while "loss=" not in log:
+        log += process.stderr.read(1)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "run the same command to go on" in said
+    assert list((tmp_path / "adapter.run" / "checkpoints").glob("step-*.safetensors"))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_example_configuration_is_accepted(path):
+    config = parse(["--config", str(path)])
+    assert config.grids(1000)[-1].num_phases == config.objective.num_phases

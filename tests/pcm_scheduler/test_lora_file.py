@@ -11,15 +11,16 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lora_training.config import PCM_TARGET_MODULES
+from lora_training.config import TARGET_SETS
 from pcm_scheduler import AdapterSettings, load_pcm_lora, read_settings
-from pcm_scheduler.lora_file import published_settings, write_adapter
+from pcm_scheduler.lora_file import main, published_settings, read_adapter, write_adapter
 from pcm_scheduler.phases import PhaseGrid
 
 from model import build_unet, load_pipeline
 
 SETTINGS = AdapterSettings("sd15", PhaseGrid.even(4).edges, 50, training_guidance_scale=5.0, num_inference_steps=4)
 RANK, ALPHA = 4, 2.0
+PCM_TARGET_MODULES = TARGET_SETS["all"]
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +158,56 @@ def test_an_adapter_for_another_prediction_type_is_refused_before_it_is_loaded(t
     with pytest.raises(ValueError, match="v_prediction"):
         load_pcm_lora(pipe, path)
     assert not pipe.get_list_adapters()
+
+
+def test_the_command_line_says_in_words_what_a_file_is(adapter_file, tmp_path, capsys):
+    assert main([str(adapter_file)]) == 0
+    said = capsys.readouterr().out
+    for words in ("rank 4", "999", "deterministic", "stated in its header", "It is whole."):
+        assert words in said, said
+    published = tmp_path / "pcm_sd15_lcmlike_lora_converted.safetensors"
+    with safe_open(adapter_file, "pt") as file:
+        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    save_file(tensors, published)
+    assert main([str(published)]) == 0
+    assert "inferred from what was published" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda t: {k: v for k, v in t.items() if not k.endswith(".alpha")}, "no alpha"),
+        (lambda t: {k: v for k, v in t.items() if k != max(t)}, "only one of its two matrices"),
+        (lambda t: {k: v * float("nan") for k, v in t.items()}, "not finite"),
+        (lambda t: {k: v * 0 for k, v in t.items()}, "does nothing"),
+        (lambda t: t | {"stranger": torch.zeros(1)}, "stranger"),
+        (lambda t: {"unet.weight": torch.zeros(1)}, "no LoRA of a UNet"),
+    ],
+)
+def test_the_command_line_finds_what_is_wrong(adapter_file, tmp_path, capsys, damage, says):
+    with safe_open(adapter_file, "pt") as file:
+        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    path = tmp_path / "damaged.safetensors"
+    save_file(damage(tensors), path)
+    assert main([str(path)]) == 1
+    assert says in capsys.readouterr().out
+
+
+def test_a_truncated_file_is_refused(adapter_file, tmp_path, capsys):
+    path = tmp_path / "short.safetensors"
+    path.write_bytes(adapter_file.read_bytes()[:-100])
+    assert main([str(path)]) == 1
+    assert "not a readable safetensors file" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="readable"):
+        read_adapter(path, {})
+
+
+def test_reading_is_the_reverse_of_writing(trained, adapter_file):
+    state = trained[1]
+    same = read_adapter(adapter_file, dict.fromkeys(modules_of(state), ALPHA))
+    assert same.keys() == state.keys()
+    for key, tensor in state.items():
+        torch.testing.assert_close(same[key], tensor)
+    stronger = read_adapter(adapter_file, dict.fromkeys(modules_of(state), 2 * ALPHA))
+    for key, tensor in state.items():
+        torch.testing.assert_close(stronger[key], tensor / 2 if key.endswith("lora_B.weight") else tensor)

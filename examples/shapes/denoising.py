@@ -1,0 +1,115 @@
+"""What the two scripts that train a denoiser share: cached latents, captions in random wordings, noised latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler
+from safetensors.torch import load_file
+from tqdm import tqdm
+from transformers import CLIPTokenizer
+
+from pcm_scheduler.lora_file import write_safetensors
+
+from model import RUNS_DIR
+from scenes import TRAIN_SEED, Scene, caption, render, sample_scene
+
+OMIT = 0.12  # each of size, place, background is left unsaid this often
+CAPTION_DROPOUT = 0.1  # for classifier-free guidance
+LAYOUT_FROM, LAYOUT_WEIGHT = 600, 50.0  # timesteps that decide where things are, and the most that one of them weighs
+
+
+def whole_scenes(indices: Sequence[int]) -> torch.Tensor:
+    """The training scenes of these numbers, (N, 3, 128, 128)."""
+    return render([sample_scene(TRAIN_SEED, i) for i in indices])
+
+
+@torch.no_grad()
+def cached_moments(
+    vae: AutoencoderKL,
+    count: int,
+    pictures: Callable[[Sequence[int]], torch.Tensor] = whole_scenes,
+    name: str = "moments",
+) -> dict[str, torch.Tensor]:
+    """Mean and standard deviation of the latents of pictures 0..count - 1, (count, 4, 16, 16) each, fp16; from disk if there.
+
+    Args:
+        vae: encodes.
+        count: how many.
+        pictures: draws the pictures of some numbers, (N, 3, 128, 128).
+        name: of the file; what is drawn otherwise is called otherwise.
+    """
+    path = RUNS_DIR / f"{name}-{count}.safetensors"
+    if not path.exists():
+        parts: dict[str, list[torch.Tensor]] = {"mean": [], "std": []}
+        for j in tqdm(range(0, count, 64), desc="encode", mininterval=2.0):
+            images = pictures(range(j, min(j + 64, count)))
+            with torch.autocast("cpu", torch.bfloat16):
+                posterior = vae.encode(images).latent_dist
+            parts["mean"].append(posterior.mean.half())
+            parts["std"].append(posterior.std.half())
+        write_safetensors({name: torch.cat(tensors) for name, tensors in parts.items()}, path)
+    return load_file(path)
+
+
+def drawn_latents(
+    moments: dict[str, torch.Tensor], which: torch.Tensor, vae: AutoencoderKL, generator: torch.Generator
+) -> torch.Tensor:
+    """Scaled latents (N, 4, 16, 16) of the pictures `which`, drawn from their posterior."""
+    mean, std = moments["mean"][which].float(), moments["std"][which].float()
+    return (mean + std * torch.randn(mean.shape, generator=generator)) * vae.config.scaling_factor
+
+
+def random_tokens(
+    tokenizer: CLIPTokenizer, scenes: Sequence[Scene], generator: torch.Generator, dropout: float
+) -> tuple[torch.Tensor, list[bool]]:
+    """Captions in random wordings, (N, tokens), and which of them were dropped."""
+    rng = np.random.default_rng(torch.randint(2**62, (), generator=generator).item())
+    dropped = (rng.random(len(scenes)) < dropout).tolist()
+    texts = ["" if drop else caption(scene, rng, OMIT) for scene, drop in zip(scenes, dropped, strict=True)]
+    padded = tokenizer(texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True)
+    return torch.tensor(padded.input_ids), dropped
+
+
+class Noised(NamedTuple):
+    """What the network is shown of N pictures, and what it should say."""
+
+    sample: torch.Tensor  # (N, 4, 16, 16)
+    timesteps: torch.Tensor  # (N,)
+    noise: torch.Tensor  # (N, 4, 16, 16): what would lead from the sample back to the picture
+    weight: torch.Tensor  # (N,)
+
+
+def noised(latents: torch.Tensor, scheduler: DDIMScheduler, generator: torch.Generator, layout: bool) -> Noised:
+    """Noise latents (N, 4, 16, 16) to random timesteps.
+
+    Args:
+        latents: scaled.
+        scheduler: whose schedule.
+        generator: of noise and timesteps.
+        layout: look mostly at the noise levels that decide where things are, and show pure noise at the last.
+    """
+    count, last = len(latents), scheduler.config.num_train_timesteps - 1
+    noise = torch.randn(latents.shape, generator=generator)
+    timesteps = torch.randint(last + 1, (count,), generator=generator)
+    weight = torch.ones(count)
+    seen = torch.ones(count, 1, 1, 1)  # how much of the picture the network gets to see
+    if layout:
+        draw = torch.rand(count, generator=generator)
+        noisiest = torch.randint(LAYOUT_FROM, last + 1, (count,), generator=generator)
+        timesteps = torch.where(draw < 0.6, noisiest, timesteps)
+        timesteps[draw < 0.3] = last
+        seen[draw < 0.3] = 0.0
+        weight = (1 / scheduler.alphas_cumprod[timesteps]).clamp(max=LAYOUT_WEIGHT)
+    alpha = scheduler.alphas_cumprod[timesteps].sqrt().view(-1, 1, 1, 1)
+    sigma = (1 - alpha**2).sqrt()
+    sample = seen * alpha * latents + sigma * noise
+    return Noised(sample, timesteps, (sample - alpha * latents) / sigma, weight)
+
+
+def denoising_loss(predicted: torch.Tensor, given: Noised) -> torch.Tensor:
+    """The weighted mean squared error of predicted noise (N, 4, 16, 16)."""
+    return (given.weight * (predicted.float() - given.noise).square().mean(dim=(1, 2, 3))).mean()

@@ -1,0 +1,113 @@
+"""From a picture's file to pixels: decoding, aspect-ratio buckets, crops."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ..config import DataConfig
+from .sources import Record
+
+Size = tuple[int, int]  # height, width
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded picture and its frame.
+
+    Attributes:
+        pixels: (V, 3, H, W) in [-1, 1]; the variants are the picture and, if asked for, its mirror image.
+        original_size: (height, width) of the file, upright.
+        crop: (top, left) of what was kept, in pixels after scaling.
+    """
+
+    pixels: torch.Tensor
+    original_size: Size
+    crop: tuple[int, int]
+
+
+def bucket_sizes(config: DataConfig) -> list[Size]:
+    """The sizes trained on: the square alone, or every one of about its area, sides multiples of `bucket_step`.
+
+    For each height the largest width with height * width <= resolution^2, as far as the ratio stays within `max_aspect`.
+    """
+    side, step = config.resolution, config.bucket_step
+    if not config.aspect_buckets:
+        return [(side, side)]
+    sizes = set()
+    for short in range(step, side + 1, step):
+        long = side * side // short // step * step
+        if long / short <= config.max_aspect:
+            sizes |= {(short, long), (long, short)}
+    return sorted(sizes)
+
+
+def nearest_bucket(size: Size, sizes: Sequence[Size]) -> Size:
+    """The bucket whose aspect ratio is nearest to a picture's."""
+    return min(sizes, key=lambda bucket: abs(math.log(bucket[0] / bucket[1]) - math.log(size[0] / size[1])))
+
+
+@contextmanager
+def _opened(record: Record) -> Iterator[Image.Image]:
+    """Raises ValueError, with the record's name, for whatever goes wrong inside."""
+    try:
+        with Image.open(io.BytesIO(record.content) if isinstance(record.content, bytes) else record.content) as file:
+            yield file
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{record.name} cannot be read as a picture: {error}") from error
+
+
+def upright_size(record: Record) -> Size:
+    """(height, width) as it is looked at, from the file's head alone.
+
+    Raises:
+        ValueError: the file is not a picture.
+    """
+    with _opened(record) as file:
+        turned = file.getexif().get(0x0112, 1) >= 5  # EXIF orientations that lie on their side
+        return (file.width, file.height) if turned else (file.height, file.width)
+
+
+def load_picture(record: Record, size: Size, config: DataConfig) -> Picture:
+    """Decode, turn upright, put transparency on white, scale to cover `size` and crop.
+
+    A random crop is the same whenever the record is read: it is drawn from its name.
+
+    Raises:
+        ValueError: the file is not a readable picture.
+    """
+    with _opened(record) as file:
+        upright = _rgb(ImageOps.exif_transpose(file))
+    height, width = size
+    scale = max(height / upright.height, width / upright.width)
+    covering = (max(round(upright.width * scale), width), max(round(upright.height * scale), height))
+    spare_left, spare_top = covering[0] - width, covering[1] - height
+    if config.crop == "random":
+        draw = np.random.default_rng(list(hashlib.sha256(record.name.encode()).digest()))
+        left, top = draw.integers(spare_left, endpoint=True).item(), draw.integers(spare_top, endpoint=True).item()
+    else:
+        left, top = spare_left // 2, spare_top // 2
+    scaled = upright.resize(covering, Image.Resampling.LANCZOS)
+    # the mirror image is cropped at the same place, so that both have the same frame
+    variants = [scaled, ImageOps.mirror(scaled)] if config.flip else [scaled]
+    kept = np.stack([np.asarray(v.crop((left, top, left + width, top + height))) for v in variants])
+    pixels = torch.from_numpy(kept).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return Picture(pixels, (upright.height, upright.width), (top, left))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):  # 16 bits and more: PIL's own conversion clips them to white
+        values = np.asarray(image, dtype=np.float64)
+        image = Image.fromarray((values / (65535 if values.max() > 255 else 255) * 255).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")

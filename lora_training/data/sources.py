@@ -1,0 +1,294 @@
+"""Where captioned pictures come from: a folder, parquet files, tar shards, a dataset of the Hugging Face hub.
+
+A source yields `Record`s in an order that never changes. What cannot be used is a record too, with the reason, so that it
+can be counted and named.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from glob import glob
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..config import DataConfig
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+CAPTION_NAMES = ("text", "caption", "prompt", "txt")
+
+
+@dataclass(frozen=True)
+class Record:
+    """A picture that is not decoded yet, and its words.
+
+    Attributes:
+        name: for messages.
+        content: its file, or the file's bytes.
+        caption: its words.
+        problem: why it cannot be used; empty if it can.
+    """
+
+    name: str
+    content: Path | bytes = b""
+    caption: str = ""
+    problem: str = ""
+
+
+class Source(Protocol):
+    """Captioned pictures in a fixed order."""
+
+    @property
+    def identity(self) -> object:
+        """Changes when the data do; JSON."""
+
+    @property
+    def total(self) -> int | None:
+        """How many records there are, if that is known without reading them."""
+
+    def __iter__(self) -> Iterator[Record]: ...
+
+
+def open_source(config: DataConfig) -> Source:
+    """The source that `data.path` names.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: something is, but holds no pictures, or a library to read it with is missing.
+    """
+    path = config.path
+    kind = _guess(path) if config.format == "auto" else config.format
+    if kind == "folder":
+        return Folder(Path(path))
+    if kind == "webdataset":
+        return TarShards(path)
+    return Table(config, parquet=kind == "parquet")
+
+
+def _guess(path: str) -> str:
+    if path.endswith((".tar", ".tar.gz", ".tgz", ".tar}")):
+        return "webdataset"
+    if path.endswith(".parquet"):
+        return "parquet"
+    is_hub_id = path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).parent.is_dir()
+    return "hub" if is_hub_id else "folder"
+
+
+def _needs(library: str, what: str) -> None:
+    if find_spec(library) is None:
+        raise ValueError(f"{what} are read by the {library} library: pip install 'phased-consistency[data]'")
+
+
+def _stamp(path: Path, root: Path) -> tuple[str, int, int]:
+    status = path.stat()
+    return str(path.relative_to(root)), status.st_size, status.st_mtime_ns
+
+
+class Folder:
+    """Pictures in a folder and below, sorted by path.
+
+    `metadata.jsonl` (one object a line, with `file_name` and `text` or `caption`) speaks for the pictures in its folder and
+    below; a `.txt` of the picture's own name speaks for the others.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: no pictures, or a metadata.jsonl that cannot be read.
+    """
+
+    def __init__(self, folder: Path):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"data.path {folder} does not exist.")
+        self._folder = folder
+        self._records = list(self._find())
+
+    def _find(self) -> Iterator[Record]:
+        files = sorted(self._folder.rglob("*"))
+        captions = {p: text for file in files if file.name == "metadata.jsonl" for p, text in _metadata(file).items()}
+        pictures = [p for p in files if p.suffix.lower() in SUFFIXES]
+        if not pictures:
+            tars = " It holds tar files; name them, as in shards/*.tar." if any(p.suffix == ".tar" for p in files) else ""
+            raise ValueError(f"{self._folder} holds no pictures; looked for {', '.join(sorted(SUFFIXES))}.{tars}")
+        for path in captions:
+            if not path.is_file():
+                yield Record(str(path), problem="is named in metadata.jsonl but is not there")
+        for path in pictures:
+            words = path.with_suffix(".txt")
+            if path in captions:
+                yield Record(str(path), path, captions[path])
+            elif words.is_file():
+                try:
+                    yield Record(str(path), path, words.read_text(encoding="utf-8").strip())
+                except UnicodeDecodeError as error:
+                    yield Record(str(words), problem=f"is not UTF-8 text: {error}")
+            else:
+                yield Record(str(path), problem="has no caption: no .txt beside it, no entry in a metadata.jsonl")
+
+    @property
+    def identity(self) -> object:
+        return [(*_stamp(r.content, self._folder), r.caption) for r in self._records if isinstance(r.content, Path)]
+
+    @property
+    def total(self) -> int:
+        return len(self._records)
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self._records)
+
+
+def _metadata(file: Path) -> dict[Path, str]:
+    captions = {}
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            caption = entry["text"] if "text" in entry else entry["caption"]
+            captions[file.parent / entry["file_name"]] = str(caption).strip()
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f'{file}, line {number}, is not an object like {{"file_name": "a.png", "text": "words"}}: {error}'
+            ) from error
+    return captions
+
+
+class TarShards:
+    """Tar files in webdataset's layout: members of the same name but for their suffix belong together.
+
+    Args:
+        pattern: a file, a glob (`shards/*.tar`), braces (`shards/{000..099}.tar`), an http(s) address, or `pipe:` and a
+            command. The caption is a `.txt`, or a `.json` with `text` or `caption`.
+
+    Raises:
+        FileNotFoundError: no file matches.
+    """
+
+    def __init__(self, pattern: str):
+        _needs("webdataset", "Tar shards")
+        from webdataset.shardlists import expand_urls
+
+        self._urls = [url for part in expand_urls(pattern) for url in (sorted(glob(part)) if "*" in part else [part])]
+        self._local = [Path(url) for url in self._urls if "://" not in url and not url.startswith("pipe:")]
+        missing = [path for path in self._local if not path.is_file()]
+        if missing or not self._urls:
+            raise FileNotFoundError(f"data.path: no file {missing[0] if missing else pattern}.")
+
+    @property
+    def identity(self) -> object:
+        return self._urls if len(self._local) < len(self._urls) else [_stamp(path, path.parent) for path in self._local]
+
+    @property
+    def total(self) -> None:
+        return None
+
+    def __iter__(self) -> Iterator[Record]:
+        from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander, url_opener
+
+        problems: list[Record] = []
+        url = ""
+
+        def note(error: Exception) -> bool:
+            """Name what is broken and go on after it."""
+            problems.append(Record(url, problem=f"cannot be read to its end: {error}"))
+            return True
+
+        def members() -> Iterator[dict[str, Any]]:
+            for member in tar_file_expander(url_opener(iter([{"url": url}]), handler=note), handler=note):
+                name = member.get("fname", "")
+                suffix = "." + (base_plus_ext(name)[1] or "").lower()
+                if not name or suffix in SUFFIXES or suffix in (".txt", ".json"):  # no name: the shard's end
+                    yield member
+                elif suffix != ".cls":  # class numbers are usual beside captions
+                    problems.append(Record(f"{url}: {name}", problem="is neither a picture nor a caption"))
+
+        for url in self._urls:
+            for sample in group_by_keys(members(), handler=note):
+                yield _record_of_sample(sample, url)
+                yield from problems
+                problems.clear()
+            if _is_cut_off(Path(url)):
+                problems.append(Record(url, problem="does not end as a tar file does: it was cut off"))
+            yield from problems
+            problems.clear()
+
+
+def _is_cut_off(path: Path) -> bool:
+    """Whether a local tar lacks the zeros at its end; `tarfile` takes one that is cut in a member's header for whole."""
+    if path.suffix != ".tar" or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        file.seek(max(path.stat().st_size - 512, 0))
+        return any(file.read())
+
+
+def _record_of_sample(sample: dict[str, Any], url: str) -> Record:
+    name = f"{url}: {sample['__key__']}"
+    content = next((v for k, v in sample.items() if f".{k}" in SUFFIXES), None)
+    try:
+        if "txt" in sample:
+            caption = sample["txt"].decode("utf-8")
+        else:
+            entry = json.loads(sample.get("json", b"{}"))
+            caption = next((entry[key] for key in CAPTION_NAMES if isinstance(entry.get(key), str)), None)
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+        return Record(name, problem=f"has a caption that cannot be read: {error}")
+    if content is None:
+        return Record(name, problem="has no picture")
+    if caption is None:
+        return Record(name, problem="has no caption: no .txt, no .json with text or caption")
+    return Record(name, content, caption.strip())
+
+
+class Table:
+    """Rows of parquet files or of a hub dataset, through the `datasets` library.
+
+    Args:
+        config: path, subset, split, columns.
+        parquet: `config.path` is files; otherwise a hub id or a folder that `datasets` knows.
+
+    Raises:
+        FileNotFoundError: no file matches.
+        ValueError: a split or a column that is not there; which there are.
+    """
+
+    def __init__(self, config: DataConfig, parquet: bool):
+        _needs("datasets", "Parquet files and hub datasets")
+        import datasets
+
+        if parquet:
+            self._files = sorted(Path(f) for f in glob(config.path))
+            if not self._files:
+                raise FileNotFoundError(f"data.path: no file {config.path}.")
+            arguments: dict[str, Any] = {"path": "parquet", "data_files": [str(f) for f in self._files]}
+        else:
+            self._files = []
+            arguments = {"path": config.path, "name": config.subset or None}
+        rows = datasets.load_dataset(**arguments, split=config.split, streaming=config.streaming)
+        features = rows.features or {}
+        self._image = config.image_column or next((k for k, f in features.items() if isinstance(f, datasets.Image)), "image")
+        self._caption = config.caption_column or next((k for k in CAPTION_NAMES if k in features), "text")
+        for setting, column in (("image_column", self._image), ("caption_column", self._caption)):
+            if column not in features:
+                raise ValueError(f"data.{setting}: {config.path} has no column {column!r}; it has {', '.join(features)}.")
+        self._name, self._rows = config.path, rows.cast_column(self._image, datasets.Image(decode=False))
+
+    @property
+    def identity(self) -> object:
+        files = [_stamp(f, f.parent) for f in self._files]
+        return [files, self._name, "" if files else getattr(self._rows, "_fingerprint", ""), self._image, self._caption]
+
+    @property
+    def total(self) -> int | None:
+        return len(self._rows) if hasattr(self._rows, "__len__") else None
+
+    def __iter__(self) -> Iterator[Record]:
+        for number, row in enumerate(self._rows):
+            name, picture, caption = f"{self._name}, row {number}", row[self._image], row[self._caption]
+            content = picture and (picture["bytes"] or (Path(picture["path"]) if picture["path"] else None))
+            if not content:
+                yield Record(name, problem="has no picture")
+            elif not isinstance(caption, str):
+                yield Record(name, problem=f"has no caption: {self._caption} is {caption!r}")
+            else:
+                yield Record(name, content, caption.strip())

@@ -1,0 +1,156 @@
+"""Pictures encoded as they are read, for sets too large to keep: shuffled through a buffer, the same order every time."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
+
+import numpy as np
+import torch
+
+from ..backbones import Backbone, Conditioning
+from ..config import DataConfig
+from .latent_cache import Bucket, Example, TrainingData, check_share, drawn, empty_conditioning, encode
+from .pictures import Size, bucket_sizes, nearest_bucket, upright_size
+from .sources import Record, Source
+
+_FIXED = 16  # pictures for validation
+_CHECKED_FROM = 100  # records, before the share of bad ones means something
+
+
+class StreamingData:
+    """What a step draws from when nothing is kept. VAE and text encoders stay where the UNet is.
+
+    The order is a function of the seed: records i = p modulo P for process p of P, shuffled through a buffer, anew every
+    time the source has been read through. A run that goes on skips what it has seen without decoding it.
+
+    Args:
+        source: read again and again.
+        config: sizes, crops, buffer.
+        backbone: encodes.
+        seed: of the order.
+        process, processes: whose part this is.
+
+    Raises:
+        ValueError: no picture can be used, or too few.
+    """
+
+    def __init__(self, source: Source, config: DataConfig, backbone: Backbone, seed: int, process: int = 0, processes: int = 1):
+        self._source, self._config, self._backbone = source, config, backbone
+        self._seed, self._process, self._processes = seed, process, processes
+        self._left_out: list[str] = []
+        self._seen = 0
+        self._batches: Iterator[tuple[Size, list[Record]]] | None = None
+        self._next: Future | None = None
+        self._pool = ThreadPoolExecutor(1)
+        self._last: Example | None = None
+        self.empty = empty_conditioning(backbone)
+        self.fixed = self._first()
+        self.captions = self.fixed.captions
+
+    def _first(self) -> TrainingData:
+        """The first pictures, of one size."""
+        size, records = next(self._sized(_FIXED, shuffled=False))
+        example, left_out = encode(records, size, self._backbone, self._config)
+        if example is None:
+            raise ValueError("None of the first pictures can be used:\n" + "\n".join(left_out))
+        return TrainingData({size: Bucket((example,))}, self.empty, tuple(record.caption for record in records))
+
+    @property
+    def largest_bucket(self) -> Size:
+        """(height, width) of what validation draws."""
+        return self.fixed.largest_bucket
+
+    def describe(self) -> str:
+        """How many pictures, as far as is known."""
+        total = self._source.total
+        return f"{'an unknown number of' if total is None else total} captioned pictures, streamed without a cache"
+
+    def __len__(self) -> int:
+        return self._source.total or 0
+
+    def _records(self, epoch: int, shuffled: bool) -> Iterator[Record]:
+        """This process's part, without what is known to be unusable."""
+        draw = np.random.default_rng([self._seed, epoch])
+        buffer: list[Record] = []
+        usable = 0
+        for number, record in enumerate(self._source):
+            if number % self._processes != self._process:
+                continue
+            self._seen += epoch == 0
+            if record.problem:
+                self._leave_out([f"{record.name} {record.problem}"], epoch)
+                continue
+            usable += 1
+            if not shuffled:
+                yield record
+                continue
+            buffer.append(record)
+            if len(buffer) >= self._config.shuffle_buffer:
+                chosen = int(draw.integers(len(buffer)))
+                buffer[chosen], buffer[-1] = buffer[-1], buffer[chosen]
+                yield buffer.pop()
+        draw.shuffle(buffer)
+        yield from buffer
+        if not usable:
+            raise ValueError("data.path: no picture can be used.\n" + "\n".join(self._left_out[:20]))
+
+    def _leave_out(self, lines: Sequence[str], epoch: int) -> None:
+        if epoch == 0 and lines:
+            self._left_out += lines
+            if self._seen >= _CHECKED_FROM:
+                check_share(self._left_out, self._seen, self._config)
+
+    def _sized(self, batch_size: int, shuffled: bool = True) -> Iterator[tuple[Size, list[Record]]]:
+        """Batches of one size each; what does not fill a batch waits for the next time round."""
+        sizes = bucket_sizes(self._config)
+        waiting: dict[Size, list[Record]] = defaultdict(list)
+        for epoch in count():
+            for record in self._records(epoch, shuffled):
+                try:
+                    size = nearest_bucket(upright_size(record), sizes) if len(sizes) > 1 else sizes[0]
+                except ValueError as error:
+                    self._leave_out([str(error)], epoch)
+                    continue
+                waiting[size].append(record)
+                if len(waiting[size]) == batch_size:
+                    yield size, waiting.pop(size)
+            if not shuffled and waiting:
+                size = max(waiting, key=lambda key: len(waiting[key]))
+                yield size, waiting.pop(size)
+
+    def skip(self, batches: int, batch_size: int) -> None:
+        """Go on after so many batches."""
+        self._batches = self._sized(batch_size)
+        for _ in range(batches):
+            next(self._batches)
+
+    def _encode_next(self) -> Example:
+        if self._batches is None:
+            raise RuntimeError("skip() comes first.")
+        while True:
+            size, records = next(self._batches)
+            example, left_out = encode(records, size, self._backbone, self._config)
+            self._leave_out(left_out, epoch=0)
+            if example is None and self._last is None:
+                continue
+            self._last = example or self._last
+            assert self._last is not None
+            return self._last
+
+    def draw(
+        self, batch_size: int, generator: torch.Generator, device: torch.device, caption_dropout: float = 0.0
+    ) -> tuple[torch.Tensor, Conditioning]:
+        """Latents of one size drawn from their posterior, (B, 4, h, w), and their conditioning, float32.
+
+        A picture that turns out to be broken is replaced by another of its batch, so that the order of the others stays.
+        """
+        if self._batches is None:
+            self.skip(0, batch_size)
+        future = self._next or self._pool.submit(self._encode_next)
+        example = future.result()
+        self._next = self._pool.submit(self._encode_next)
+        which = [i % len(example) for i in range(batch_size)]
+        return drawn(Bucket((example,)).rows(which), self.empty, generator, device, caption_dropout)

@@ -1,0 +1,55 @@
+"""What a run would do, in words, and one real step of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+
+from .loop import Run
+
+
+def describe(run: Run) -> Iterator[str]:
+    """Line by line: data, phases, adapter, work and memory."""
+    config, backbone, data = run.config, run.backbone, run.data
+    yield f"model      {config.model.path} ({backbone.family}, {backbone.prediction_type}, T = {backbone.num_train_timesteps})"
+    yield f"data       {config.data.path}: {data.describe()}"
+    for stage, grid in enumerate(run.grids):
+        part = f"stage {stage + 1}: " if len(run.grids) > 1 else ""
+        edges = ", ".join(map(str, grid.edges))
+        yield f"phases     {part}{grid.num_phases}, edges {edges}, {grid.num_solver_steps} solver steps"
+    steps = config.sampling.num_inference_steps
+    yield f"sampling   {steps} steps at {', '.join(map(str, run.grid.sampling_timesteps(steps)))}"
+    low, high = config.objective.guidance_range
+    guidance = "none" if high == 1 else f"{low:g}" if low == high else f"{low:g} to {high:g}"
+    yield f"teacher    {config.objective.solver}, {config.objective.solver_skip} grid point(s) a step, guidance {guidance}"
+    count = sum(p.numel() for p in run.parameters.values())
+    yield (
+        f"adapter    {len(backbone.adapter_alphas())} modules, {count / 1e6:.2f} M trainable parameters, "
+        f"a file of {2 * count / 2**20:.1f} MiB: {run.output}"
+    )
+    samples = config.optimizer.batch_size * config.optimizer.gradient_accumulation * run.accelerator.num_processes
+    seen = f"; every picture is seen {samples * config.optimizer.steps / len(data):.1f} times on average" if len(data) else ""
+    yield f"work       {config.optimizer.steps} steps of {samples} samples{seen}"
+    frozen = sum(p.numel() * p.element_size() for p in backbone.unet.parameters()) - 4 * count
+    copies = 4 + (config.objective.target_ema > 0)  # weights, gradients, two moments
+    yield (
+        f"memory     {frozen / 2**30:.2f} GiB of frozen UNet, {copies * 4 * count / 2**30:.2f} GiB of adapter, gradients and "
+        "optimiser; activations as measured below"
+    )
+    going_on = run.checkpoints.latest()
+    yield f"start      {going_on if going_on and config.resume == 'latest' else 'from the first step'}"
+
+
+def dry_run(run: Run) -> None:
+    """Print what would happen, take one real step, and write nothing but the cache of latents."""
+    for line in describe(run):
+        print(line, flush=True)
+    begun = time.perf_counter()
+    loss = run.step(0)
+    seconds = time.perf_counter() - begun
+    whole = timedelta(seconds=round(seconds * run.config.optimizer.steps))
+    peak = f", peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" if torch.cuda.is_available() else ""
+    print(f"one step   loss {loss:.4f}, {seconds:.2f} s{peak}; at this pace the run takes {whole} (first steps are slower)")

@@ -1,0 +1,58 @@
+"""A README for the folder of a finished adapter, in the hub's format: what it is, and how it is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pcm_scheduler.lora_file import AdapterSettings
+
+from .config import TrainConfig
+
+_TAGS = {"sd15": "stable-diffusion", "sdxl": "stable-diffusion-xl"}
+_PIPELINES = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
+
+
+def model_card(config: TrainConfig, settings: AdapterSettings, data: str, sample: str) -> str:
+    """Markdown with the hub's front matter.
+
+    Args:
+        config: of the run.
+        settings: as in the adapter's header.
+        data: what it was trained on, in words.
+        sample: path of the sheet of samples, relative to the card.
+    """
+    name, edges = Path(config.output).name, ", ".join(map(str, settings.phase_edges))
+    stops = ", ".join(map(str, settings.grid.sampling_timesteps(settings.num_inference_steps)))
+    call = f"num_inference_steps={settings.num_inference_steps}, guidance_scale={settings.guidance_scale:g}"
+    eta = f", eta={settings.eta:g}" if settings.eta else ""
+    base = config.model.path if not Path(config.model.path).exists() else ""
+    front = ["---", "library_name: diffusers", *([f"base_model: {base}"] if base else [])]
+    front += ["tags:", "- lora", "- phased-consistency", f"- {_TAGS[settings.base_model]}", "---"]
+    return (
+        "\n".join(front)
+        + f"""
+
+# {config.title}
+
+A {settings.grid.num_phases}-phase consistency adapter of rank {config.lora.rank} ({settings.base_model}, predicts
+{settings.prediction_type}), for {settings.num_inference_steps} steps at guidance {settings.guidance_scale:g}.
+
+```python
+from diffusers import {_PIPELINES[settings.base_model]}
+from pcm_scheduler import load_pcm_lora
+
+pipe = {_PIPELINES[settings.base_model]}.from_pretrained("{base or "the base model"}")
+load_pcm_lora(pipe, "{name}")
+image = pipe("...", {call}{eta}).images[0]
+```
+
+- phase edges {edges}, on {settings.num_solver_steps} solver steps; {settings.num_inference_steps} steps stop at {stops}
+- trained for {config.optimizer.steps} steps of batch {config.optimizer.batch_size} on {data};
+  learning rate {config.optimizer.learning_rate:g}, the teacher's guidance
+  {settings.training_guidance_scale:g}, its solver {config.objective.solver}
+
+Samples from fixed noise, by steps and guidance; no figure of quality was measured for this card:
+
+![samples]({sample})
+"""
+    )

@@ -1,0 +1,123 @@
+"""What a run looks like while it goes on: a sheet of pictures from fixed seeds, the loss of fixed samples, consistency."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+from pcm_scheduler.phases import PhaseGrid
+from pcm_scheduler.scheduling_pcm import PCMScheduler
+
+from .backbones import Backbone
+from .config import ValidationConfig
+from .data.latent_cache import TrainingData
+from .objectives import ConsistencyObjective
+from .randomness import generator_of
+
+_STREAM = 2**40  # of random numbers, beside the training steps'
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Pictures of the same prompts and noise, a row for every (steps, guidance)."""
+
+    rows: tuple[tuple[int, float], ...]
+    latents: torch.Tensor  # (rows, prompts, 4, h, w)
+    pictures: tuple[tuple[Image.Image, ...], ...]
+
+    def save(self, path: Path) -> None:
+        """As one PNG with names at the left; to a temporary name first."""
+        width, height = self.pictures[0][0].size
+        label, gap = 120, 4
+        columns = len(self.pictures[0])
+        sheet = Image.new("RGB", (label + columns * (width + gap), len(self.rows) * (height + gap)), "white")
+        draw = ImageDraw.Draw(sheet)
+        for i, ((steps, guidance), row) in enumerate(zip(self.rows, self.pictures, strict=True)):
+            draw.text((6, i * (height + gap) + height // 2), f"{steps} steps, g {guidance:g}", fill="black")
+            for j, picture in enumerate(row):
+                sheet.paste(picture, (label + j * (width + gap), i * (height + gap)))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        sheet.save(temporary, format="PNG")
+        os.replace(temporary, path)
+
+    def consistency(self) -> float:
+        """Mean cosine between the latents of the fewest and of the most steps, at the lowest guidance; 1: the same picture."""
+        lowest = min(guidance for _, guidance in self.rows)
+        ends = sorted((steps, i) for i, (steps, guidance) in enumerate(self.rows) if guidance == lowest)
+        few, many = (self.latents[i].flatten(1).float() for i in (ends[0][1], ends[-1][1]))
+        return torch.nn.functional.cosine_similarity(few, many).mean().item()
+
+
+@contextmanager
+def _whole_pipeline(backbone: Backbone) -> Iterator[None]:
+    """Text encoders and VAE beside the UNet, and back to where they were."""
+    parts = (backbone.vae, *backbone.text_encoders)
+    homes = [next(part.parameters()).device for part in parts]
+    training = backbone.unet.training
+    for part in parts:
+        part.to(backbone.unet.device)
+    backbone.unet.eval()
+    try:
+        yield
+    finally:
+        backbone.unet.train(training)
+        for part, home in zip(parts, homes, strict=True):
+            part.to(home)
+
+
+@torch.no_grad()
+def draw_sheet(
+    backbone: Backbone, grid: PhaseGrid, config: ValidationConfig, prompts: Sequence[str], size: tuple[int, int], eta: float
+) -> Sheet:
+    """The student's pictures through the family's own pipeline.
+
+    Args:
+        backbone: with its adapter.
+        grid: sampled on.
+        config: steps, guidance scales, seed.
+        prompts: one column each.
+        size: (height, width) in pixels.
+        eta: of the sampler.
+    """
+    pipe, before = backbone.pipe, backbone.pipe.scheduler
+    pipe.scheduler = PCMScheduler.from_config(
+        before.config, num_solver_steps=grid.num_solver_steps, phase_edges=list(grid.edges), num_phases=grid.num_phases
+    )
+    pipe.set_progress_bar_config(disable=True)
+    shape = (4, size[0] // backbone.latent_scale, size[1] // backbone.latent_scale)
+    noise = torch.stack([torch.randn(shape, generator=generator_of(config.seed, i)) for i in range(len(prompts))])
+    rows = tuple((steps, guidance) for guidance in config.guidance_scales for steps in config.steps)
+    latents, pictures = [], []
+    try:
+        with _whole_pipeline(backbone):
+            for steps, guidance in rows:
+                row = pipe(
+                    prompt=list(prompts), latents=noise.to(backbone.unet.device), height=size[0], width=size[1],
+                    num_inference_steps=steps, guidance_scale=guidance, eta=eta,
+                    generator=generator_of(config.seed, len(prompts)), output_type="latent",
+                ).images  # fmt: skip
+                decoded = torch.cat([pipe.vae.decode(x[None] / pipe.vae.config.scaling_factor).sample for x in row])
+                latents.append(row.cpu())
+                pictures.append(tuple(pipe.image_processor.postprocess(decoded.cpu().float())))
+    finally:
+        pipe.scheduler = before
+    return Sheet(rows, torch.stack(latents), tuple(pictures))
+
+
+@torch.no_grad()
+def fixed_loss(objective: ConsistencyObjective, data: TrainingData, batch_size: int, seed: int, batches: int = 4) -> float:
+    """The loss of the same samples, noise and grid points at every call, so that its course is not hidden by chance."""
+    device = objective.backbone.unet.device
+    empty = {name: tensor.to(device, torch.float32) for name, tensor in data.empty.items()}
+    total = 0.0
+    for i in range(batches):
+        generator = generator_of(seed, _STREAM, i)
+        total += objective(*data.draw(batch_size, generator, device), empty, generator).item()
+    return total / batches

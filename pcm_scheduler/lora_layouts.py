@@ -1,0 +1,253 @@
+"""The layouts in which LoRA files of diffusers' UNets are found, and the way from each to the others.
+
+- `kohya`: `lora_unet_<module_with_underscores>.lora_down.weight`, `.lora_up.weight`, `.dora_scale`, `.alpha`.
+- `diffusers`: `unet.<module>.lora_A.weight`, `.lora_B.weight`, `.lora_magnitude_vector`; alphas in the header's
+  `lora_adapter_metadata`.
+- `diffusers-old`: `unet.<module>.lora.down.weight`, `.lora.up.weight`, in attention also `processor.to_q_lora.down.weight`;
+  sometimes `.alpha`.
+
+A module without an alpha acts with alpha = rank, in every host. DoRA magnitudes are one number an output channel: `(out,)`
+here, `(out, 1, ...)` in kohya's files, in PEFT's `(out,)` for a linear module and `(1, out, 1, 1)` for a convolution.
+ComfyUI (0.3.64) reads them but divides by the norm of the base weight, PEFT by that of base and LoRA together: not the same.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+FORMATS = ("kohya", "diffusers", "peft")  # that can be written; PEFT's names are diffusers'
+METADATA_KEY = "lora_adapter_metadata"  # diffusers' own, JSON of a peft.LoraConfig with prefixed entries
+
+# The parts of diffusers' UNet module names. None that holds an underscore can be put together from the others, so that a name
+# whose dots became underscores is read back in one way only.
+_WORDS = (
+    "add_embedding", "conv_in", "conv_out", "conv_shortcut", "down_blocks", "linear_1", "linear_2", "mid_block",
+    "motion_modules", "proj_in", "proj_out", "time_emb_proj", "time_embedding", "to_k", "to_out", "to_q", "to_v",
+    "transformer_blocks", "up_blocks",
+    "attentions", "attn1", "attn2", "conv", "conv1", "conv2", "cond_proj", "downsamplers", "ff", "net", "proj", "resnets",
+    "upsamplers",
+)  # fmt: skip
+_WORD = re.compile(rf"({'|'.join(sorted(_WORDS, key=len, reverse=True))}|\d+)(?:_|$)")
+
+_KOHYA = re.compile(r"lora_unet_([^.]+)\.(lora_down\.weight|lora_up\.weight|alpha|dora_scale)")
+_DOTTED = re.compile(
+    r"(?:unet\.|base_model\.model\.)*(.+?)(?:\.|_)"
+    r"(lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?|lora\.down\.weight|lora\.up\.weight|alpha)"
+)
+_PARTS = {
+    "lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha", "dora_scale": "magnitude",
+    "lora_A.weight": "down", "lora_B.weight": "up", "lora.down.weight": "down", "lora.up.weight": "up",
+    "lora_magnitude_vector": "magnitude", "lora_magnitude_vector.weight": "magnitude",
+}  # fmt: skip
+
+
+def dotted_name(underscored: str) -> str:
+    """A UNet module's path from kohya's name for it: `mid_block_attentions_0_proj_in` is `mid_block.attentions.0.proj_in`.
+
+    Raises:
+        ValueError: not a module of a diffusers UNet of SD1.5's or SDXL's kind; where reading stopped.
+    """
+    words, position = [], 0
+    while position < len(underscored):
+        match = _WORD.match(underscored, position)
+        if match is None:
+            original = underscored.startswith(("input_blocks", "middle_block", "output_blocks"))
+            hint = " It is a name of the original UNet, not of diffusers'." if original else ""
+            raise ValueError(f"{underscored} is not a module of a diffusers UNet, from {underscored[position:]!r} on.{hint}")
+        words.append(match[1])
+        position = match.end()
+    return ".".join(words)
+
+
+@dataclass(frozen=True)
+class LoraTensors:
+    """The tensors of a LoRA file by module, whatever its layout.
+
+    Attributes:
+        layouts: that were met; usually one.
+        modules: by the module's path with underscores: `down` (rank, in, ...), `up` (out, rank, ...), and if stored `alpha` ()
+            and `magnitude` (out,).
+        paths: the dotted paths, as far as the file says them.
+        strangers: keys that have no place in the LoRA of a UNet.
+    """
+
+    layouts: tuple[str, ...]
+    modules: dict[str, dict[str, torch.Tensor]]
+    paths: dict[str, str]
+    strangers: tuple[str, ...]
+
+    def path(self, name: str) -> str:
+        """The dotted path of a module; see `dotted_name`."""
+        return self.paths.get(name) or dotted_name(name)
+
+    def alpha(self, name: str) -> float:
+        """The stored alpha of a module, or its rank."""
+        parts = self.modules[name]
+        return float(parts["alpha"]) if "alpha" in parts else float(parts["down"].shape[0])
+
+    @property
+    def has_magnitudes(self) -> bool:
+        """Whether it is a DoRA."""
+        return any("magnitude" in parts for parts in self.modules.values())
+
+    def misfits(self) -> list[str]:
+        """What keeps modules from acting at all, a sentence each: lacking matrices, or shapes that do not go together."""
+        found = []
+        for name, parts in self.modules.items():
+            if not {"down", "up"} <= parts.keys():
+                stored = "only one" if {"down", "up"} & parts.keys() else "none"
+                found.append(f"{name} has {stored} of its two matrices.")
+                continue
+            down, up = parts["down"], parts["up"]
+            if down.ndim < 2 or up.ndim < 2 or up.shape[1] != down.shape[0]:
+                ranks = f"rank {down.shape[0]} and {up.shape[1]}" if min(down.ndim, up.ndim) > 1 else "not both are matrices"
+                found.append(f"The matrices of {name} do not fit: {ranks}.")
+            elif "magnitude" in parts and parts["magnitude"].shape != up.shape[:1]:
+                found.append(
+                    f"The DoRA magnitudes of {name} are {tuple(parts['magnitude'].shape)}, not one for each of its "
+                    f"{up.shape[0]} output channels."
+                )
+            if "alpha" in parts and parts["alpha"].numel() != 1:
+                found.append(f"The alpha of {name} is not one number.")
+        return found
+
+
+def sort_tensors(tensors: Mapping[str, torch.Tensor], header: Mapping[str, str] | None = None) -> LoraTensors:
+    """Find out which tensor of a LoRA file is which.
+
+    Args:
+        tensors: of the file.
+        header: of the file; diffusers keeps alpha there.
+
+    Raises:
+        ValueError: nothing that a known layout has, or diffusers' metadata that cannot be read.
+    """
+    modules: dict[str, dict[str, torch.Tensor]] = {}
+    paths: dict[str, str] = {}
+    layouts, strangers = set(), []
+    for key, tensor in tensors.items():
+        if match := _KOHYA.fullmatch(key):
+            layouts.add("kohya")
+            name = match[1]
+        elif (match := _DOTTED.fullmatch(key)) and not key.startswith(("lora_", "text_encoder")):
+            if "lora" in match[2]:
+                layouts.add("diffusers-old" if match[2].startswith("lora.") else "diffusers")
+            path = _plain_path(match[1])
+            name = path.replace(".", "_")
+            paths[name] = path
+        else:
+            strangers.append(key)
+            continue
+        part = _PARTS[match[2]]
+        modules.setdefault(name, {})[part] = _channel_vector(tensor) if part == "magnitude" else tensor
+    if not any({"down", "up"} & parts.keys() for parts in modules.values()):
+        example = f", such as {min(tensors)}," if tensors else ""
+        raise ValueError(
+            f"holds no LoRA of a UNet: none of its {len(tensors)} tensors{example} is named as in kohya's or diffusers' layout."
+        )
+    _add_stated_alphas(modules, paths, header or {})
+    return LoraTensors(tuple(sorted(layouts)), modules, paths, tuple(strangers))
+
+
+def _plain_path(path: str) -> str:
+    """A dotted path as the module is called today: attention processors held the LoRA once, and `to_out` for `to_out.0`."""
+    path = path.replace(".processor.", ".")
+    return path + ".0" if path.endswith(".to_out") else path
+
+
+def _channel_vector(magnitude: torch.Tensor) -> torch.Tensor:
+    """(out,) from any shape in which output channels are where PEFT or kohya has them; others stay as they are."""
+    stored = magnitude.shape
+    at_first = magnitude.ndim > 0 and stored[0] == magnitude.numel()
+    peft_convolution = magnitude.ndim > 2 and stored[1] == magnitude.numel()
+    return magnitude.reshape(-1) if at_first or peft_convolution else magnitude
+
+
+def _add_stated_alphas(
+    modules: dict[str, dict[str, torch.Tensor]], paths: Mapping[str, str], header: Mapping[str, str]
+) -> None:
+    """Put what diffusers' metadata says of alpha beside each module that has none of its own."""
+    if METADATA_KEY not in header:
+        return
+    try:
+        stated = {key.removeprefix("unet."): value for key, value in json.loads(header[METADATA_KEY]).items()}
+        default, patterns = stated.get("lora_alpha"), stated.get("alpha_pattern") or {}
+        for name, path in paths.items():
+            matching = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path))
+            alpha = next(matching, default)
+            if alpha is None or "down" not in modules[name]:
+                continue
+            # rank-stabilised LoRA divides by the root of the rank
+            factor = modules[name]["down"].shape[0] ** 0.5 if stated.get("use_rslora") else 1.0
+            modules[name].setdefault("alpha", torch.tensor(float(alpha) * factor))
+    except (ValueError, TypeError, AttributeError, re.error) as error:
+        raise ValueError(f"has {METADATA_KEY} in its header that cannot be read: {error}") from error
+
+
+def to_kohya(lora: LoraTensors) -> dict[str, torch.Tensor]:
+    """The tensors in kohya's layout, alpha for every module."""
+    tensors = {}
+    for name, parts in lora.modules.items():
+        tensors[f"lora_unet_{name}.lora_down.weight"] = parts["down"]
+        tensors[f"lora_unet_{name}.lora_up.weight"] = parts["up"]
+        tensors[f"lora_unet_{name}.alpha"] = torch.tensor(lora.alpha(name))
+        if "magnitude" in parts:
+            ones = (1,) * (parts["down"].ndim - 1)
+            tensors[f"lora_unet_{name}.dora_scale"] = parts["magnitude"].reshape(-1, *ones)
+    return tensors
+
+
+def to_diffusers(lora: LoraTensors) -> tuple[dict[str, torch.Tensor], str]:
+    """The tensors in diffusers' layout, bit for bit, and the JSON for the header that keeps their ranks and alphas.
+
+    Raises:
+        ValueError: a name that does not say its module; see `dotted_name`.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for name, parts in lora.modules.items():
+        path = lora.path(name)
+        tensors |= {f"unet.{key}": tensor for key, tensor in _peft_tensors(path, parts).items()}
+        ranks[path], alphas[path] = parts["down"].shape[0], lora.alpha(name)
+    rank, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
+    stated: dict[str, Any] = {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {f"^{path}": value for path, value in ranks.items() if value != rank},
+        "alpha_pattern": {f"^{path}": value for path, value in alphas.items() if value != alpha},
+        "target_modules": sorted(ranks),
+        "use_dora": lora.has_magnitudes,
+    }
+    return tensors, json.dumps({f"unet.{key}": value for key, value in stated.items()}, sort_keys=True)
+
+
+def to_peft(lora: LoraTensors, alphas: Mapping[str, float]) -> dict[str, torch.Tensor]:
+    """PEFT's own names, `lora_B` scaled in float32 so that an adapter with other alphas acts the same.
+
+    Args:
+        lora: whole.
+        alphas: lora_alpha of each dotted path of the adapter that will hold the tensors.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for path, alpha in alphas.items():
+        name = path.replace(".", "_")
+        parts = lora.modules[name]
+        tensors |= _peft_tensors(path, parts | {"up": parts["up"].float() * (lora.alpha(name) / alpha)})
+    return tensors
+
+
+def _peft_tensors(path: str, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    tensors = {f"{path}.lora_A.weight": parts["down"], f"{path}.lora_B.weight": parts["up"]}
+    if "magnitude" in parts:
+        convolution = (1, -1) + (1,) * (parts["down"].ndim - 2)
+        shape = (-1,) if parts["down"].ndim == 2 else convolution
+        tensors[f"{path}.lora_magnitude_vector"] = parts["magnitude"].reshape(shape)
+    return tensors

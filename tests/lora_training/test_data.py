@@ -1,0 +1,362 @@
+"""Where pictures come from, how they are framed, and that what is encoded once or as it is read reaches training whole."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lora_training.backbones import load_backbone
+from lora_training.config import DataConfig, ModelConfig, TrainConfig
+from lora_training.data import latent_cache
+from lora_training.data.latent_cache import LatentCache
+from lora_training.data.pictures import bucket_sizes, load_picture, nearest_bucket, upright_size
+from lora_training.data.sources import Folder, Record, open_source
+from lora_training.data.stream import StreamingData
+
+from model import MODEL_DIR
+
+SQUARE = DataConfig(resolution=64)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return load_backbone(ModelConfig(path=str(MODEL_DIR)))
+
+
+def png(size=(96, 96), colour="red") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, format="PNG")
+    return file.getvalue()
+
+
+def grey(level: int, size=(64, 64)) -> bytes:
+    return png(size, (level, level, level))
+
+
+def folder_of(path, count=6, size=(96, 96)):
+    path.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        (path / f"{i:03d}.png").write_bytes(grey(20 * i, size))
+        (path / f"{i:03d}.txt").write_text(f"picture {i}")
+    return path
+
+
+def tar_of(path, members: dict[str, bytes]):
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def shard_members(numbers) -> dict[str, bytes]:
+    return {
+        f"{i:04d}.{kind}": content
+        for i in numbers
+        for kind, content in (("png", grey(10 * i)), ("txt", f"picture {i}".encode()))
+    }
+
+
+def cache_of(source, config, backbone, root):
+    return LatentCache(source, config, backbone, str(MODEL_DIR), root)
+
+
+def encoded(config, backbone, root):
+    cache = cache_of(open_source(config), config, backbone, root)
+    cache.encode()
+    return cache.open()
+
+
+@pytest.mark.parametrize("extension", ["png", "jpg", "webp", "PNG"])
+def test_pictures_of_every_kind_and_shape_are_read(tmp_path, extension):
+    Image.new("RGB", (200, 90), (255, 0, 0)).save(tmp_path / f"a.{extension}")
+    (tmp_path / "a.txt").write_text("a red picture\n")
+    (record,) = Folder(tmp_path)
+    assert record.caption == "a red picture"
+    picture = load_picture(record, (64, 64), SQUARE)
+    assert picture.pixels.shape == (1, 3, 64, 64)
+    assert picture.pixels[0, 0].mean() > 0.9
+    assert (picture.original_size, picture.crop) == ((90, 200), (0, 39))
+
+
+def test_transparency_is_white_sixteen_bits_are_not_clipped_and_exif_turns(tmp_path):
+    Image.new("RGBA", (64, 64), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert load_picture(Record("", tmp_path / "clear.png"), (32, 32), SQUARE).pixels.min() == 1
+    Image.fromarray(np.full((64, 64), 32768, dtype=np.uint16)).save(tmp_path / "grey.png")
+    assert load_picture(Record("", tmp_path / "grey.png"), (32, 32), SQUARE).pixels.mean().abs() < 0.01
+    Image.new("L", (64, 64), 255).save(tmp_path / "l.png")
+    assert load_picture(Record("", tmp_path / "l.png"), (32, 32), SQUARE).pixels.min() == 1
+    turned = Image.new("RGB", (80, 40))
+    exif = turned.getexif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    record = Record("", tmp_path / "turned.jpg")
+    assert load_picture(record, (32, 32), SQUARE).original_size == upright_size(record) == (80, 40)
+
+
+def test_metadata_jsonl_speaks_for_its_folder(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("a.png", "sub/b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    entries = {"a.png": "text", "sub/b.png": "caption", "c.png": "text"}
+    lines = [json.dumps({"file_name": name, key: f"words of {name}"}) for name, key in entries.items()]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    lost, *found = Folder(tmp_path)
+    assert [r.caption for r in found] == ["words of a.png", "words of sub/b.png"]
+    assert "c.png" in lost.name
+    assert "not there" in lost.problem
+    (tmp_path / "metadata.jsonl").write_text("not json")
+    with pytest.raises(ValueError, match="line 1"):
+        Folder(tmp_path)
+
+
+def test_nothing_there_is_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        open_source(DataConfig(path=str(tmp_path / "nowhere")))
+    with pytest.raises(ValueError, match="no pictures"):
+        open_source(DataConfig(path=str(tmp_path)))
+    tar_of(tmp_path / "a.tar", {})
+    with pytest.raises(ValueError, match=r"shards/\*\.tar"):
+        open_source(DataConfig(path=str(tmp_path)))
+    for missing in ("b.tar", "b-{00..03}.tar", "*.parquet", "no/*.tar"):
+        with pytest.raises(FileNotFoundError, match="no file"):
+            open_source(DataConfig(path=str(tmp_path / missing)))
+
+
+def test_tar_shards_give_pictures_and_name_what_they_cannot_use(tmp_path):
+    pytest.importorskip("webdataset")
+    tar_of(tmp_path / "a-00.tar", shard_members(range(3)))
+    odd = {"README": b"hello", "x.png": png(), "y.txt": b"words alone", "z.png": png(), "z.json": b'{"caption": "from json"}'}
+    tar_of(tmp_path / "a-01.tar", {**odd, "w.bin": b"?"})
+    whole = tar_of(tmp_path / "whole.tar", shard_members(range(9, 12))).read_bytes()
+    (tmp_path / "a-02.tar").write_bytes(whole[: 2048 + 100])  # cut in the second picture's header
+    (tmp_path / "a-03.tar").write_bytes(whole[: 2048 + 600])  # cut in the second picture
+
+    named = (
+        *("README is neither", "w.bin is neither", "x has no caption", "y has no picture"),
+        *("a-02.tar does not end", "a-03.tar cannot be read"),
+    )
+    for pattern in ("a-{00..03}.tar", "a-*.tar"):
+        records = list(open_source(DataConfig(path=str(tmp_path / pattern))))
+        good = [r.caption for r in records if not r.problem]
+        assert good[:4] == ["picture 0", "picture 1", "picture 2", "from json"]
+        problems = "\n".join(f"{r.name} {r.problem}" for r in records if r.problem)
+        for word in named:
+            assert word in problems, word
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_parquet_gives_pictures_and_names_empty_rows(tmp_path, streaming):
+    datasets = pytest.importorskip("datasets")
+    rows = {"picture": [grey(0), grey(40), None], "caption": ["nought", "forty", "nothing"]}
+    features = datasets.Features({"picture": datasets.Image(), "caption": datasets.Value("string")})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "a.parquet")
+    records = list(open_source(DataConfig(path=str(tmp_path / "*.parquet"), streaming=streaming)))
+    assert [r.caption for r in records[:2]] == ["nought", "forty"]
+    assert load_picture(records[0], (8, 8), SQUARE).pixels.max() == -1
+    assert "row 2" in records[2].name
+    assert "no picture" in records[2].problem
+    with pytest.raises(ValueError, match=r"no column 'words'; it has picture, caption"):
+        open_source(DataConfig(path=str(tmp_path / "a.parquet"), caption_column="words", streaming=streaming))
+
+
+def test_a_folder_that_datasets_knows_is_read_as_a_hub_dataset_is(tmp_path):
+    pytest.importorskip("datasets")
+    folder = folder_of(tmp_path / "data", 2)
+    lines = [json.dumps({"file_name": f"{i:03d}.png", "text": f"words {i}"}) for i in range(2)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    for path in folder.glob("*.txt"):
+        path.unlink()
+    source = open_source(DataConfig(path=str(folder), format="hub"))
+    assert [r.caption for r in source] == ["words 0", "words 1"]
+    assert source.total == 2
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("a/b.tar", "TarShards"),
+        ("x/{0..3}.tar", "TarShards"),
+        ("d/*.parquet", "Table"),
+        ("someone/something", "Table"),
+        ("./a", "Folder"),
+    ],
+)
+def test_the_path_tells_the_format(path, kind, monkeypatch):
+    from lora_training.data import sources
+
+    for name in ("TarShards", "Folder"):
+        monkeypatch.setattr(sources, name, lambda *_, name=name: name)
+    monkeypatch.setattr(sources, "Table", lambda *_, **__: "Table")
+    assert open_source(DataConfig(path=path)) == kind
+
+
+def test_buckets_have_the_area_and_the_ratio_asked_for():
+    sizes = bucket_sizes(DataConfig(resolution=512, aspect_buckets=True))
+    assert (512, 512) in sizes
+    assert (640, 384) in sizes
+    for height, width in sizes:
+        assert height % 64 == width % 64 == 0
+        assert height * width <= 512 * 512
+        assert max(height, width) / min(height, width) <= 2
+    assert nearest_bucket((3000, 2000), sizes) == (640, 384)
+    assert bucket_sizes(SQUARE) == [(64, 64)]
+
+
+def test_crops_stay_inside_and_a_random_one_is_the_same_every_time():
+    config = DataConfig(resolution=32, crop="random")
+    record = Record("one", png((200, 50)))
+    first = load_picture(record, (32, 32), config)
+    assert first.crop == load_picture(record, (32, 32), config).crop
+    lefts = {load_picture(Record(f"{i}", record.content), (32, 32), config).crop[1] for i in range(40)}
+    assert len(lefts) > 10
+    assert min(lefts) >= 0
+    assert max(lefts) <= 128 - 32
+
+
+def test_flipping_keeps_the_picture_and_its_mirror_image():
+    half = Image.new("RGB", (64, 64), "black")
+    half.paste("white", (32, 0, 64, 64))
+    file = io.BytesIO()
+    half.save(file, format="PNG")
+    pixels = load_picture(Record("", file.getvalue()), (64, 64), DataConfig(flip=True)).pixels
+    assert pixels.shape == (2, 3, 64, 64)
+    torch.testing.assert_close(pixels[1], pixels[0].flip(-1))
+
+
+def test_every_picture_of_every_size_is_in_the_cache_once(tmp_path, backbone):
+    """Sizes, shards and processes do not lose or double anything: grey levels come back through the VAE."""
+    folder = folder_of(tmp_path / "data", 5)
+    folder_of(tmp_path / "data" / "wide", 6, size=(192, 96))
+    config = DataConfig(path=str(folder), resolution=64, aspect_buckets=True, bucket_step=16, shard_size=4, encode_batch_size=3)
+    cache = cache_of(open_source(config), config, backbone, tmp_path / "cache")
+    for process in (1, 0):
+        cache.encode(process, 2)
+    data = cache.open()
+    assert {size: len(bucket) for size, bucket in data.buckets.items()} == {(64, 64): 5, (48, 80): 6}
+    rows = data.buckets[48, 80].rows(range(6))
+    assert rows["latent_means"].shape == (6, 1, 4, 6, 10)
+    decoded = backbone.vae.decode(rows["latent_means"][:, 0] / backbone.vae.config.scaling_factor).sample
+    assert decoded.mean(dim=(1, 2, 3)).diff().min() > 0, "six different greys, in order"
+    latents, told = data.draw(3, torch.Generator().manual_seed(0), CPU)
+    assert latents.shape[0] == told["prompt_embeds"].shape[0] == 3
+    whole = encoded(DataConfig(**{**vars(config), "shard_size": 100}), backbone, tmp_path / "cache")
+    for size, bucket in whole.buckets.items():
+        n = range(len(bucket))
+        torch.testing.assert_close(
+            bucket.rows(n)["latent_means"], data.buckets[size].rows(n)["latent_means"], atol=5e-3, rtol=0
+        )
+
+
+def test_an_encoding_that_was_cut_off_goes_on_where_it_was(tmp_path, backbone, monkeypatch):
+    config = DataConfig(path=str(folder_of(tmp_path / "data", 6)), resolution=64, shard_size=2)
+    calls = []
+    original = latent_cache.encode
+
+    def counted(records, *args):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(records)
+        return original(records, *args)
+
+    monkeypatch.setattr(latent_cache, "encode", counted)
+    with pytest.raises(KeyboardInterrupt):
+        encoded(config, backbone, tmp_path / "cache")
+    calls.clear()
+    assert len(encoded(config, backbone, tmp_path / "cache")) == 6
+    assert len(calls) == 1, "two of three shards were there"
+    calls.clear()
+    assert len(encoded(config, backbone, tmp_path / "cache")) == 6
+    assert not calls
+
+
+def test_other_words_or_settings_are_another_cache(tmp_path, backbone):
+    folder = folder_of(tmp_path / "data", 2)
+
+    def name(**settings):
+        config = DataConfig(path=str(folder), **settings)
+        return cache_of(open_source(config), config, backbone, tmp_path).folder
+
+    first = name(resolution=64)
+    assert name(resolution=64) == first
+    assert len({first, name(resolution=32), name(resolution=64, flip=True), name(resolution=64, crop="random")}) == 4
+    (folder / "000.txt").write_text("other words")
+    assert name(resolution=64) != first
+
+
+def test_dropped_captions_become_the_empty_one(tmp_path, backbone):
+    data = encoded(DataConfig(path=str(folder_of(tmp_path / "data", 2)), resolution=64), backbone, tmp_path)
+    _, told = data.draw(64, torch.Generator().manual_seed(0), CPU, caption_dropout=0.5)
+    empty = (told["prompt_embeds"] == data.empty["prompt_embeds"].float()).all(dim=2).all(dim=1)
+    assert 16 < empty.sum() < 48
+
+
+def stream(config, backbone, **kwargs):
+    return StreamingData(open_source(config), config, backbone, seed=3, **kwargs)
+
+
+def batches_of(data, count, batch_size=2):
+    return [data.draw(batch_size, torch.Generator().manual_seed(i), CPU)[0] for i in range(count)]
+
+
+def test_a_stream_goes_on_after_a_break_with_the_same_pictures(tmp_path, backbone):
+    config = DataConfig(path=str(folder_of(tmp_path / "data", 7)), resolution=64, streaming=True, shuffle_buffer=3)
+    straight = batches_of(stream(config, backbone), 8)
+    again = stream(config, backbone)
+    again.skip(5, 2)
+    latents, _ = again.draw(2, torch.Generator().manual_seed(5), CPU)
+    assert torch.equal(latents, straight[5])
+    assert not torch.equal(straight[0], straight[1])
+
+
+def test_processes_share_a_stream_and_read_all_of_it(tmp_path, backbone):
+    config = DataConfig(path=str(folder_of(tmp_path / "data", 8)), resolution=64, streaming=True)
+    seen = []
+    for process in range(2):
+        data = stream(config, backbone, process=process, processes=2)
+        names = [r.name for r in data._records(epoch=0, shuffled=True)]
+        assert len(set(names)) == len(names) == 4
+        seen += names
+    assert len(set(seen)) == 8
+
+
+def test_a_stream_of_tars_in_buckets_draws_batches_of_one_size(tmp_path, backbone):
+    pytest.importorskip("webdataset")
+    members = shard_members(range(4))
+    members |= {"w0.png": grey(0, (192, 96)), "w0.txt": b"wide", "w1.png": grey(9, (192, 96)), "w1.txt": b"wide"}
+    tar_of(tmp_path / "a.tar", members)
+    config = DataConfig(
+        path=str(tmp_path / "a.tar"), resolution=64, aspect_buckets=True, bucket_step=16, streaming=True, shuffle_buffer=2
+    )
+    shapes = {tuple(batch.shape) for batch in batches_of(stream(config, backbone), 9)}
+    assert shapes == {(2, 4, 8, 8), (2, 4, 6, 10)}
+
+
+def test_a_stream_says_when_nothing_or_too_little_can_be_used(tmp_path, backbone):
+    folder = folder_of(tmp_path / "none", 3)
+    for path in folder.glob("*.txt"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"(?s)no picture can be used.*no caption"):
+        stream(DataConfig(path=str(folder), streaming=True), backbone)
+
+    folder = folder_of(tmp_path / "some", 150)
+    for number in range(0, 150, 3):
+        (folder / f"{number:03d}.png").write_bytes(b"broken")
+    data = stream(DataConfig(path=str(folder), resolution=16, streaming=True, shuffle_buffer=2), backbone)
+    with pytest.raises(ValueError, match=r"cannot be used"):
+        batches_of(data, 70)
+
+
+def test_data_settings_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match=r"multiple of data\.bucket_step=64"):
+        TrainConfig(data=DataConfig(resolution=500, aspect_buckets=True))
+    with pytest.raises(ValueError, match=r"data\.max_aspect"):
+        TrainConfig(data=DataConfig(max_aspect=0.5))
