@@ -16,7 +16,6 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
-from diffusers.training_utils import cast_training_params
 from tqdm import tqdm
 
 from pcm_scheduler import __version__
@@ -42,6 +41,7 @@ _NOT_IDENTITY = (
     "output", "title", "checkpoint_every", "checkpoints_kept", "resume", "max_bad_steps", "gradient_checkpointing", "compile",
     "log_with", "validation", "push_to_hub", "dry_run",
 )  # fmt: skip
+_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of the frozen weights
 
 
 class Interrupted(Exception):  # noqa: N818  (not an error)
@@ -82,8 +82,9 @@ class Run:
             use_plain_attention(self.backbone.unet)
         self.data = self._load_data()
         self.grids = config.grids(self.backbone.num_train_timesteps)
+        if not on_cpu:  # where memory is short, and every operation takes half precision
+            self.backbone.unet.to(_DTYPES[config.mixed_precision])
         self.parameters = self.backbone.add_adapter(config.lora, config.seed, config.objective.target_ema > 0)
-        cast_training_params(self.backbone.unet, dtype=torch.float32)
         if config.lora.init_adapter:
             self.backbone.load_adapter_state(read_adapter(config.lora.init_adapter, self.backbone.adapter_alphas()))
             self.backbone.update_target(decay=0.0)

@@ -196,7 +196,7 @@ def write_safetensors(
     """Write to a temporary name and rename, so that nobody meets half a file; the folder is made if missing."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two runs may fill one cache
     temporary.touch()
     mode = temporary.stat().st_mode  # as every new file here; safetensors would let the owner alone read it
     save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary, metadata=dict(metadata or {}))

@@ -153,6 +153,9 @@ class Backbone(ABC):
             if averaged_target:
                 self.unet.add_adapter(peft_config, adapter_name=TARGET)
         self.unet.set_adapter(STUDENT)
+        for name, p in self.unet.named_parameters():
+            if f".{STUDENT}." in name or f".{TARGET}." in name:
+                p.data = p.data.float()  # whatever the frozen weights are: steps are too small for half precision
         self.adapted, self.averaged_target = True, averaged_target
         if averaged_target:
             self.update_target(decay=0.0)

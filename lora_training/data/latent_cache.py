@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from bisect import bisect_right
 from collections import defaultdict
@@ -268,7 +269,7 @@ class LatentCache:
         left_out = [line for report in reports for line in report["left_out"]]
         check_share(left_out, sum(report["records"] for report in reports), self.config)
         if not self._index.exists():
-            temporary = self._index.with_suffix(f".{id(self)}.tmp")
+            temporary = self._index.with_suffix(f".{os.getpid()}.tmp")
             temporary.write_text(json.dumps({"shards": len(shards)}), encoding="utf-8")
             temporary.replace(self._index)
         parts: dict[Size, list[Example]] = defaultdict(list)

@@ -428,6 +428,18 @@ def test_an_optimiser_that_is_not_installed_is_named(monkeypatch):
         build_optimizer(OptimizerConfig(name="adamw8bit"), [torch.nn.Parameter(torch.zeros(1))])
 
 
+def test_adapters_are_in_single_precision_over_a_half_precision_network():
+    backbone = load_backbone(ModelConfig(path=str(MODEL_DIR)))
+    backbone.unet.to(torch.bfloat16)
+    parameters = backbone.add_adapter(LoraConfig(rank=2), seed=0, averaged_target=True)
+    assert {p.dtype for p in (*parameters.values(), *backbone.target_parameters.values())} == {torch.float32}
+    backbone.update_target(decay=0.5)
+    told = {"prompt_embeds": torch.zeros(2, 40, 160)}
+    with torch.autocast("cpu", torch.bfloat16):
+        backbone.predict(torch.zeros(2, 4, 16, 16), torch.tensor([999, 1]), told).square().mean().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in parameters.values())
+
+
 def test_pseudo_huber_is_a_square_below_c_and_an_absolute_value_above():
     assert pseudo_huber(torch.tensor([1e-4]), 1e-1).item() == pytest.approx(1e-8 / 2e-1, rel=0.01)
     assert pseudo_huber(torch.tensor([10.0]), 1e-3).item() == pytest.approx(10.0 - 1e-3, rel=1e-4)
