@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+import psutil
 import torch
 import yaml
 from accelerate import Accelerator
@@ -193,7 +194,7 @@ class Run:
                 else:
                     bad_in_a_row = 0
                     smoothed = value if smoothed is None else 0.98 * smoothed + 0.02 * value
-                bar.set_postfix(self._shown(smoothed, step, bad), refresh=False)
+                bar.set_postfix(self._shown(smoothed, step, bad, bar.format_dict["rate"]), refresh=False)
                 self.accelerator.log({"loss": value, "lr": learning_rate(config.optimizer, step), "skipped": bad}, step)
                 last = step + 1 == config.optimizer.steps
                 stop = self._agreed(len(asked)) > 0 and not last
@@ -213,13 +214,18 @@ class Run:
         self.accelerator.end_training()
         return self.output
 
-    def _shown(self, loss: float | None, step: int, bad: int) -> dict[str, str]:
-        shown = {"loss": "nan" if loss is None else f"{loss:.4f}", "lr": f"{learning_rate(self.config.optimizer, step):.1e}"}
+    def _shown(self, loss: float | None, step: int, bad: int, rate: float | None) -> dict[str, str]:
+        """For the progress bar; `rate` in steps a second."""
+        config = self.config.optimizer
+        shown = {"loss": "nan" if loss is None else f"{loss:.4f}", "lr": f"{learning_rate(config, step):.1e}"}
         if bad:
             shown["skipped"] = str(bad)
-        if torch.cuda.is_available():
-            shown["gpu"] = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}GiB"
-        return shown
+        if rate:
+            samples = config.batch_size * config.gradient_accumulation * self.accelerator.num_processes
+            shown["images/s"] = f"{rate * samples:.1f}"
+        on_gpu = torch.cuda.is_available()
+        memory = torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
+        return shown | {"memory": f"{memory / 2**30:.1f}GiB"}
 
     @contextmanager
     def _memory_advice(self) -> Iterator[None]:

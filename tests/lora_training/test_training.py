@@ -479,6 +479,16 @@ def test_validation_shows_pictures_and_figures_while_the_run_goes_on(pictures, t
     assert "0, 239, 499, 739, 999" in card
 
 
+def test_tensorboard_sees_the_loss(pictures, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(config_for(pictures, tmp_path / "a.safetensors", log_with="tensorboard"))
+    events = EventAccumulator(str(next((tmp_path / "a.run").rglob("events.out.*")).parent)).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [0, 1, 2, 3]
+    assert {"lr", "validation_loss", "consistency"} <= set(events.Tags()["scalars"])
+
+
 def test_validation_leaves_the_run_as_it_was(pictures, tmp_path):
     """The same weights with and without looking."""
     quiet = run(config_for(pictures, tmp_path / "quiet.safetensors"))
