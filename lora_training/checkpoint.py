@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 
 from pcm_scheduler.lora_file import write_safetensors
 
+from .sharding import split_like, whole
+
 
 def save_checkpoint(
     path: Path,
@@ -21,8 +23,11 @@ def save_checkpoint(
     average: Mapping[str, torch.Tensor] | None = None,
     scaler: torch.amp.GradScaler | None = None,
     run: str = "",
+    write: bool = True,
 ) -> None:
     """Write parameters, what the optimiser remembers of each, and optionally their running average.
+
+    Of sharded parameters the file holds the whole, so every process must call this, and one of them write.
 
     Args:
         path: rewritten in one move.
@@ -32,14 +37,22 @@ def save_checkpoint(
         average: by the same names.
         scaler: of fp16 losses.
         run: what the run was told; `load_checkpoint` refuses another.
+        write: this process writes the file.
     """
-    tensors = {f"weight/{name}": p for name, p in parameters.items()}
-    tensors |= {f"average/{name}": p for name, p in (average or {}).items()}
+    parts = {f"weight/{name}": p for name, p in parameters.items()}
+    parts |= {f"average/{name}": p for name, p in (average or {}).items()}
     numbers: dict[str, dict[str, object]] = {}
     for name, p in parameters.items():
         remembered = optimizer.state[p].items()
-        tensors |= {f"optimizer/{name}/{key}": value for key, value in remembered if isinstance(value, torch.Tensor)}
+        parts |= {f"optimizer/{name}/{key}": value for key, value in remembered if isinstance(value, torch.Tensor)}
         numbers[name] = {key: value for key, value in remembered if not isinstance(value, torch.Tensor)}
+    tensors = {}
+    for name, part in parts.items():
+        tensor = whole(part.detach())
+        if write:
+            tensors[name] = tensor.cpu()
+    if not write:
+        return
     scalars = {"state": numbers, "groups": [_plain(group) for group in optimizer.param_groups]}
     scalars |= {"scaler": scaler.state_dict()} if scaler else {}
     write_safetensors(tensors, path, {"step": str(step), "run": run, "optimizer": json.dumps(scalars)})
@@ -64,7 +77,7 @@ def load_checkpoint(
         ValueError: the checkpoint is of other parameters than these, or of a run that was told something else.
     """
     with safe_open(path, framework="pt") as file, torch.no_grad():
-        keys = set(file.keys())
+        keys = sorted(file.keys())  # the same order in every process: parts are handed out together
         if file.metadata().get("run", "") != run:
             raise ValueError(
                 f"{path} is of a run with other settings:\n{file.metadata()['run']}\nRestore them, or move it away."
@@ -74,18 +87,21 @@ def load_checkpoint(
             raise ValueError(f"{path} is of a run with other parameters. Restore the settings, or move it away.")
         scalars = json.loads(file.metadata()["optimizer"])
         for name, p in parameters.items():
-            p.copy_(file.get_tensor(f"weight/{name}"))
+            p.copy_(split_like(file.get_tensor(f"weight/{name}"), p))
             prefix = f"optimizer/{name}/"
             remembered = {k.removeprefix(prefix): file.get_tensor(k) for k in keys if k.startswith(prefix)}
-            # AdamW keeps its step count on the CPU, everything else beside the parameter
-            beside = {k: v if k == "step" else v.to(p.device) for k, v in remembered.items()}
+            # AdamW keeps its step count on the CPU, everything else beside the parameter and split as it is
+            beside = {
+                k: v if k == "step" else split_like(v, p) if v.shape == p.shape else v.to(p.device)
+                for k, v in remembered.items()
+            }
             optimizer.state[p] = beside | scalars["state"][name]
         for group, kept in zip(optimizer.param_groups, scalars["groups"], strict=True):
             group |= kept
         if scaler and "scaler" in scalars:
             scaler.load_state_dict(scalars["scaler"])
         for name, p in (average or {}).items():
-            p.copy_(file.get_tensor(f"average/{name}"))
+            p.copy_(split_like(file.get_tensor(f"average/{name}"), p))
         return int(file.metadata()["step"])
 
 
@@ -118,9 +134,13 @@ class Checkpoints:
         step: int,
         average: Mapping[str, torch.Tensor] | None = None,
         scaler: torch.amp.GradScaler | None = None,
+        write: bool = True,
     ) -> None:
-        """Write one, then remove those beyond `kept`."""
-        save_checkpoint(self.folder / f"step-{step:08d}.safetensors", parameters, optimizer, step, average, scaler, self.run)
+        """Write one, then remove those beyond `kept`; as `save_checkpoint`, every process calls it."""
+        path = self.folder / f"step-{step:08d}.safetensors"
+        save_checkpoint(path, parameters, optimizer, step, average, scaler, self.run, write)
+        if not write:
+            return
         for path in self.all()[: -self.kept] if self.kept else []:
             path.unlink()
 

@@ -225,8 +225,10 @@ class TrainConfig:
     """One run.
 
     Attributes:
-        output: the adapter file that is written, `.safetensors`.
+        output: the file that is written, `.safetensors`: an adapter, or with `trainable: unet` a UNet.
         title: its human name.
+        trainable: `lora` trains an adapter; `unet` every weight of the UNet (full fine-tuning; what `lora` says is not used),
+            which holds teacher and student side by side and takes 16 bytes for each weight trained.
         seed: of everything random; 0 or more.
         mixed_precision: of the networks; the adapter itself stays in float32.
         checkpoint_every: steps between checkpoints, from which an interrupted run goes on.
@@ -249,6 +251,7 @@ class TrainConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     output: str = "outputs/pcm_lora.safetensors"
     title: str = "PCM adapter"
+    trainable: Literal["lora", "unet"] = "lora"
     seed: int = 0
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     checkpoint_every: int = 500
@@ -265,6 +268,8 @@ class TrainConfig:
         """Refuse what cannot work before anything is loaded."""
         if not self.output.endswith(".safetensors"):
             raise ValueError(f"output must end in .safetensors; got {self.output!r}.")
+        if self.trainable == "unet" and self.lora.init_adapter:
+            raise ValueError("lora.init_adapter goes on from an adapter, and trainable: unet has none. Set trainable: lora.")
         if self.objective.name == "lcm" and self.objective.num_phases != 1:
             raise ValueError(f"objective lcm has one phase; got num_phases={self.objective.num_phases}.")
         low, high = self.objective.guidance_range

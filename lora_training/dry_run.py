@@ -27,16 +27,18 @@ def describe(run: Run) -> Iterator[str]:
     yield f"teacher    {config.objective.solver}, {config.objective.solver_skip} grid point(s) a step, guidance {guidance}"
     count = sum(p.numel() for p in run.parameters.values())
     yield (
-        f"adapter    {len(backbone.adapter_alphas())} modules, {count / 1e6:.2f} M trainable parameters, "
+        f"trained    {run.student.describe()}, {count / 1e6:.2f} M parameters, "
         f"a file of {2 * count / 2**20:.1f} MiB: {run.output}"
     )
     samples = config.optimizer.batch_size * config.optimizer.gradient_accumulation * run.accelerator.num_processes
     seen = f"; every picture is seen {samples * config.optimizer.steps / len(data):.1f} times on average" if len(data) else ""
     yield f"work       {config.optimizer.steps} steps of {samples} samples{seen}"
-    frozen = sum(p.numel() * p.element_size() for p in backbone.unet.parameters()) - 4 * count
-    copies = 4 + (config.objective.target_ema > 0)  # weights, gradients, two moments
+    networks = (p for unet in run.student.unets for p in unet.parameters())
+    averages = sum(p.numel() for p in run.student.target_parameters.values())
+    frozen = sum(p.numel() * p.element_size() for p in networks) - 4 * count - 4 * averages
+    trained = 4 * (4 * count + averages)  # weights, gradients, two moments; and the average
     yield (
-        f"memory     {frozen / 2**30:.2f} GiB of frozen UNet, {copies * 4 * count / 2**30:.2f} GiB of adapter, gradients and "
+        f"memory     {frozen / 2**30:.2f} GiB of frozen UNet, {trained / 2**30:.2f} GiB of what is trained, its gradients and "
         "optimiser; activations as measured below"
     )
     going_on = run.checkpoints.latest()

@@ -20,7 +20,7 @@ from accelerate.utils import DistributedType, set_seed
 from tqdm import tqdm
 
 from pcm_scheduler import __version__
-from pcm_scheduler.lora_file import AdapterSettings, read_adapter, write_adapter
+from pcm_scheduler.lora_file import AdapterSettings
 from pcm_scheduler.phases import PhaseGrid
 
 from .backbones import load_backbone
@@ -35,6 +35,8 @@ from .model_card import model_card
 from .objectives import ConsistencyObjective
 from .optimizers import build_optimizer, learning_rate
 from .randomness import generator_of, seed_of
+from .sharding import shard_mesh
+from .students import build_student
 from .validation import draw_sheet, fixed_loss
 
 # What may change between a run and its continuation.
@@ -68,12 +70,12 @@ class Run:
             log_with=None if config.log_with == "none" else config.log_with,
             project_dir=self.folder,
         )
-        kind = self.accelerator.distributed_type
-        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             raise ValueError(
-                f"{kind.value} splits the model between processes; here every process holds the whole one. "
-                "Launch with examples/accelerate/gpus_of_one_machine.yaml, and set gradient_checkpointing if memory is short."
+                "DeepSpeed keeps its own optimiser and writes its own pickled checkpoints, and this trainer has neither. "
+                "To split the weights between processes, launch with examples/accelerate/fsdp.yaml."
             )
+        self.mesh = shard_mesh(self.accelerator)
         set_seed(config.seed)
         on_cpu = self.accelerator.device.type == "cpu"
         if on_cpu:
@@ -85,18 +87,17 @@ class Run:
         self.grids = config.grids(self.backbone.num_train_timesteps)
         if not on_cpu:  # where memory is short, and every operation takes half precision
             self.backbone.unet.to(_DTYPES[config.mixed_precision])
-        self.parameters = self.backbone.add_adapter(config.lora, config.seed, config.objective.target_ema > 0)
-        if config.lora.init_adapter:
-            self.backbone.load_adapter_state(read_adapter(config.lora.init_adapter, self.backbone.adapter_alphas()))
-            self.backbone.update_target(decay=0.0)
+        self.student = build_student(self.backbone, config, self.mesh)
+        self.parameters = self.student.parameters
         if config.gradient_checkpointing:
             self.backbone.unet.enable_gradient_checkpointing()
             self.backbone.unet.train()  # diffusers checkpoints in training mode only
         if config.compile:
-            self.backbone.unet.compile_repeated_blocks(dynamic=config.data.aspect_buckets or None)
+            for unet in self.student.unets:
+                unet.compile_repeated_blocks(dynamic=config.data.aspect_buckets or None)
         optimizer = build_optimizer(config.optimizer, self.parameters.values())
-        # the UNet stays bare: only the adapter's gradients travel between processes, in _average_gradients
-        self.optimizer = self.accelerator.prepare(optimizer)
+        # the UNet stays bare: only gradients of what is trained travel between processes, in _average_gradients or by FSDP
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.objectives = [ConsistencyObjective(self.backbone, grid, config.objective) for grid in self.grids]
         identity = {k: v for k, v in asdict(config).items() if k not in _NOT_IDENTITY}
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoints_kept, run=json.dumps(identity))
@@ -145,12 +146,13 @@ class Run:
         if not math.isfinite(total):
             return total
         parameters = list(self.parameters.values())
-        _average_gradients(self.accelerator, parameters)
+        if self.mesh is None:
+            _average_gradients(self.accelerator, parameters)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config.optimizer, step)
         self.accelerator.clip_grad_norm_(parameters, config.optimizer.max_grad_norm)
         self.optimizer.step()
-        self.backbone.update_target(config.objective.target_ema)
+        self.student.update_target(config.objective.target_ema)
         return total
 
     def _agreed(self, value: float) -> float:
@@ -168,10 +170,12 @@ class Run:
         """
         config, main = self.config, self.accelerator.is_main_process
         state = (self.parameters, self.optimizer.optimizer)
-        average, scaler = self.backbone.target_parameters, self.accelerator.scaler
+        average, scaler = self.student.target_parameters, self.accelerator.scaler
         first = self.checkpoints.load_latest(*state, average, scaler) if config.resume == "latest" else 0
         self.data.skip(first * config.optimizer.gradient_accumulation, config.optimizer.batch_size)
         if main:
+            if self.mesh:
+                print(f"weights are split between {self.mesh.size()} processes")
             _write_text(self.folder / "config.yaml", yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
         if config.log_with != "none":
             self.accelerator.init_trackers(self.output.stem)
@@ -199,16 +203,16 @@ class Run:
                 last = step + 1 == config.optimizer.steps
                 stop = self._agreed(len(asked)) > 0 and not last
                 due = (step + 1) % config.checkpoint_every == 0 and not last and not bad_in_a_row
-                if main and (stop or due):
-                    self.checkpoints.save(*state, step + 1, average, scaler)
-                if main and not stop and not last and config.validation.every and (step + 1) % config.validation.every == 0:
+                if stop or due:
+                    self.checkpoints.save(*state, step + 1, average, scaler, write=main)
+                if not stop and not last and config.validation.every and (step + 1) % config.validation.every == 0:
                     self.validate(step + 1)
                 if stop:
                     raise Interrupted(f"Stopped after step {step + 1}; run the same command to go on.")
+        self.write()
+        self.validate(config.optimizer.steps)
         if main:
-            self.write()
             self.checkpoints.remove()
-            self.validate(config.optimizer.steps)
             if config.push_to_hub:
                 print(f"pushed to {push(config.push_to_hub, self.output, self.folder)}")
         self.accelerator.end_training()
@@ -241,6 +245,7 @@ class Run:
                     f"optimizer.gradient_accumulation: {config.optimizer.gradient_accumulation * 2}",
                     config.optimizer.batch_size > 1,
                 ),
+                ("trainable: lora", config.trainable != "lora"),
                 (f"lora.rank: {config.lora.rank // 2}", config.lora.rank > 1),
             ]
             option = next((text for text, open_ in advice if open_), "a smaller data.resolution")
@@ -248,11 +253,15 @@ class Run:
 
     def validate(self, step: int) -> None:
         """Pictures, the loss of fixed samples and the consistency of few and many steps, into the run's folder."""
-        config = self.config
+        config, main = self.config, self.accelerator.is_main_process
+        if not main and self.mesh is None:  # sharded, every process runs every network
+            return
         prompts = config.validation.prompts or self.data.captions[:4]
         loss = fixed_loss(self.objectives[-1], self.data.fixed, config.optimizer.batch_size, config.validation.seed)
         with self.accelerator.autocast():
             sheet = draw_sheet(self.backbone, self.grid, config.validation, prompts, self.data.largest_bucket, self.eta)
+        if not main:
+            return
         sheet.save(self.folder / "samples" / f"step-{step:08d}.png")
         figures = {"validation_loss": loss, "consistency": sheet.consistency()}
         self.accelerator.log(figures, step)
@@ -267,8 +276,11 @@ class Run:
         return 1.0 if self.config.objective.name == "lcm" else 0.0
 
     def write(self) -> None:
-        """The adapter file, and its card in the run's folder."""
+        """The file that people load, and its card in the run's folder."""
         config, backbone, grid = self.config, self.backbone, self.grid
+        state = self.student.state()
+        if not self.accelerator.is_main_process:
+            return
         low, high = config.objective.guidance_range
         settings = AdapterSettings(
             base_model=backbone.family,
@@ -282,7 +294,7 @@ class Run:
             eta=self.eta,
         )
         extra = {"pcm_trainer.version": __version__, "pcm_trainer.config": json.dumps(_without_folders(asdict(config)))}
-        write_adapter(self.output, backbone.adapter_state(), backbone.adapter_alphas(), settings, config.title, extra)
+        self.student.write(self.output, state, settings, config.title, extra)
         sample = f"samples/step-{config.optimizer.steps:08d}.png"
         _write_text(self.folder / "README.md", model_card(config, settings, self.data.describe(), sample))
 

@@ -27,22 +27,24 @@ def model_card(config: TrainConfig, settings: AdapterSettings, data: str, sample
     eta = f", eta={settings.eta:g}" if settings.eta else ""
     base = config.model.path if not Path(config.model.path).exists() else ""
     front = ["---", "library_name: diffusers", *([f"base_model: {base}"] if base else [])]
-    front += ["tags:", "- lora", "- phased-consistency", f"- {_TAGS[settings.base_model]}", "---"]
+    whole = config.trainable == "unet"
+    kind, loader = ("UNet", "load_pcm_unet") if whole else (f"adapter of rank {config.lora.rank}", "load_pcm_lora")
+    front += ["tags:", *([] if whole else ["- lora"]), "- phased-consistency", f"- {_TAGS[settings.base_model]}", "---"]
     return (
         "\n".join(front)
         + f"""
 
 # {config.title}
 
-A {settings.grid.num_phases}-phase consistency adapter of rank {config.lora.rank} ({settings.base_model}, predicts
+A {settings.grid.num_phases}-phase consistency {kind} ({settings.base_model}, predicts
 {settings.prediction_type}), for {settings.num_inference_steps} steps at guidance {settings.guidance_scale:g}.
 
 ```python
 from diffusers import {_PIPELINES[settings.base_model]}
-from pcm_scheduler import load_pcm_lora
+from pcm_scheduler import {loader}
 
 pipe = {_PIPELINES[settings.base_model]}.from_pretrained("{base or "the base model"}")
-load_pcm_lora(pipe, "{name}")
+{loader}(pipe, "{name}")
 image = pipe("...", {call}{eta}).images[0]
 ```
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .lora_file import AdapterSettings, read_settings
     from .phases import PhaseGrid
-    from .pipelines import load_pcm_lora
+    from .pipelines import load_pcm_lora, load_pcm_unet
     from .sampling import jump, sample_phased
     from .scheduling_pcm import PCMScheduler, PCMSchedulerOutput
 
@@ -21,6 +21,7 @@ _HOMES = {
     "AdapterSettings": "lora_file",
     "read_settings": "lora_file",
     "load_pcm_lora": "pipelines",
+    "load_pcm_unet": "pipelines",
     "PCMScheduler": "scheduling_pcm",
     "PCMSchedulerOutput": "scheduling_pcm",
     "PhaseGrid": "phases",
@@ -36,6 +37,7 @@ __all__ = [
     "__version__",
     "jump",
     "load_pcm_lora",
+    "load_pcm_unet",
     "read_settings",
     "sample_phased",
 ]

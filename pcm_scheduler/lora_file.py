@@ -27,7 +27,7 @@ from .noise_schedule import check_prediction_type
 from .phases import PhaseGrid
 from .published import published_name
 
-ARCHITECTURES = {"sd15": "stable-diffusion-v1/lora", "sdxl": "stable-diffusion-xl-v1-base/lora"}
+ARCHITECTURES = {"sd15": "stable-diffusion-v1", "sdxl": "stable-diffusion-xl-v1-base"}
 HEADER_PREFIX = "pcm."
 HEADER_VERSION = "1"
 
@@ -246,6 +246,24 @@ def read_adapter(path: str | os.PathLike, alphas: Mapping[str, float]) -> dict[s
     return {key: tensor.float() for key, tensor in to_peft(lora, alphas).items()}
 
 
+def standard_header(settings: AdapterSettings, title: str, kind: str) -> dict[str, str]:
+    """`pcm.*` and `modelspec.*`, as every trained file here has them.
+
+    Args:
+        settings: of the file.
+        title: a human name.
+        kind: after the architecture's name: `/lora`, or nothing for a whole model.
+    """
+    return settings.to_header() | {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": ARCHITECTURES[settings.base_model] + kind,
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": title,
+        "modelspec.prediction_type": "v" if settings.prediction_type == "v_prediction" else settings.prediction_type,
+        "modelspec.usage_hint": _usage_hint(settings),
+    }
+
+
 def write_adapter(
     path: str | os.PathLike,
     peft_state_dict: Mapping[str, torch.Tensor],
@@ -269,13 +287,7 @@ def write_adapter(
     path = Path(path)
     tensors = {k: v.to("cpu", dtype) for k, v in kohya_state_dict(peft_state_dict, alphas).items()}
     ranks = {t.shape[0] for k, t in tensors.items() if k.endswith(".lora_down.weight")}
-    header = settings.to_header() | {
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": ARCHITECTURES[settings.base_model],
-        "modelspec.implementation": "diffusers",
-        "modelspec.title": title,
-        "modelspec.prediction_type": "v" if settings.prediction_type == "v_prediction" else settings.prediction_type,
-        "modelspec.usage_hint": _usage_hint(settings),
+    header = standard_header(settings, title, kind="/lora") | {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(max(ranks)) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": str(_only(list(alphas.values()))),

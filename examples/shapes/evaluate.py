@@ -28,6 +28,8 @@ from scenes import TEST_SEED, Scene, caption, sample_scene
 ADAPTERS = {"PCM": HERE / "adapters" / "pcm_4phase.safetensors", "LCM": HERE / "adapters" / "lcm.safetensors"}
 MATCHED = {m: HERE / "adapters" / f"pcm_{m}phase.safetensors" for m in (2, 8)}  # PCM with as many phases as steps
 TEACHER_STATISTICS = HERE / "teacher_statistics.safetensors"
+XL_ADAPTER = HERE / "adapters" / "xl_pcm_4phase.safetensors"
+XL_TEACHER_STATISTICS = HERE / "teacher_statistics_xl.safetensors"
 TEACHER_STEPS, TEACHER_GUIDANCE = 50, 5.0
 STEPS = (1, 2, 4, 8, 16)
 FRECHET_BLOCKS = 3  # 64 channels that look at 22 pixels: local form, edges, texture. Deeper ones are trained not to see blur
@@ -89,6 +91,7 @@ class Studio:
 
     def __init__(self, adapters: dict[str, Path] = ADAPTERS, model: Path = MODEL_DIR, fast: bool = False):
         keep_freed_memory()
+        self.model = model
         missing = [path for path in (model / "model_index.json", *adapters.values()) if not path.is_file()]
         if missing:
             sys.exit(f"Not in this checkout: {', '.join(map(str, missing))}. Train them with: make shapes adapters")
@@ -163,7 +166,9 @@ class Studio:
 def teacher_pictures(studio: Studio, prompts: list[str], seed: int, steps: int) -> torch.Tensor:
     """The teacher's pictures from one noise, uint8 (N, 3, 128, 128); kept on disk, for they take minutes."""
     asked = hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:8]
-    path = RUNS_DIR / "teacher" / model_fingerprint() / f"{len(prompts)}-{asked}-noise{seed}-{steps}steps.safetensors"
+    path = (
+        RUNS_DIR / "teacher" / model_fingerprint(studio.model) / f"{len(prompts)}-{asked}-noise{seed}-{steps}steps.safetensors"
+    )
     if not path.exists():
         latents, name = noise(len(prompts), seed), f"teacher, {steps} steps"
         write_safetensors({"images": studio.generate(studio.methods["teacher"], prompts, latents, steps, progress=name)}, path)

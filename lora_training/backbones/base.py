@@ -1,29 +1,27 @@
-"""What every backbone shares: a frozen model with one trainable adapter, teacher and student in one UNet."""
+"""What every backbone shares: loading, encoding, and the roles its UNet plays in turn."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
-from peft import LoraConfig as PeftLoraConfig
-from peft.tuners.lora import LoraLayer
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
 from pcm_scheduler.noise_schedule import alphas_and_sigmas, check_prediction_type
 
-from ..config import LoraConfig, ModelConfig
+from ..config import ModelConfig
 from .conditioning import Conditioning
 
-STUDENT, TARGET = "student", "target"
+if TYPE_CHECKING:
+    from ..students import Student
 
 
 class Backbone(ABC):
-    """A frozen model with one trainable adapter. The teacher is the same UNet with the adapter switched off.
+    """A frozen model, and what is trained on it once a `student` is there.
 
     A subclass says which pipeline it is the body of, how prompts become conditioning, and how the UNet takes it.
     """
@@ -39,7 +37,7 @@ class Backbone(ABC):
         self._check_family()
         for part in (self.vae, self.unet, *self.text_encoders):
             part.eval().requires_grad_(False)
-        self.adapted = self.averaged_target = False
+        self.student: Student | None = None  # set by a Student that is built on this
         self.prediction_type: str = prediction_type or pipe.scheduler.config.prediction_type
         check_prediction_type(self.prediction_type)
         self.alphas, self.sigmas = alphas_and_sigmas(pipe.scheduler.alphas_cumprod)
@@ -131,98 +129,14 @@ class Backbone(ABC):
         posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
         return posterior.mean * self.vae.config.scaling_factor, posterior.std * self.vae.config.scaling_factor
 
-    def add_adapter(self, config: LoraConfig, seed: int, averaged_target: bool = False) -> dict[str, torch.nn.Parameter]:
-        """Attach the student's LoRA; returns its parameters, the only trainable ones, by name.
-
-        Args:
-            config: rank, alpha, dropout, targets.
-            seed: of the initial weights.
-            averaged_target: keep a second adapter, a running average of the first, for `target`.
-        """
-        peft_config = PeftLoraConfig(
-            r=config.rank,
-            lora_alpha=config.rank if config.alpha is None else config.alpha,
-            lora_dropout=config.dropout,
-            target_modules=list(config.target_names),
-            use_dora=config.dora,
-            init_lora_weights=True,
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.unet.add_adapter(peft_config, adapter_name=STUDENT)
-            if averaged_target:
-                self.unet.add_adapter(peft_config, adapter_name=TARGET)
-        self.unet.set_adapter(STUDENT)
-        for name, p in self.unet.named_parameters():
-            if f".{STUDENT}." in name or f".{TARGET}." in name:
-                p.data = p.data.float()  # whatever the frozen weights are: steps are too small for half precision
-        self.adapted, self.averaged_target = True, averaged_target
-        if averaged_target:
-            self.update_target(decay=0.0)
-        return self._parameters_of(STUDENT)
-
-    def _parameters_of(self, adapter: str) -> dict[str, torch.nn.Parameter]:
-        return {name: p for name, p in self.unet.named_parameters() if f".{adapter}." in name}
-
-    @property
-    def target_parameters(self) -> dict[str, torch.nn.Parameter]:
-        """Of the running average, by name; none without one."""
-        return self._parameters_of(TARGET) if self.averaged_target else {}
-
-    @torch.no_grad()
-    def update_target(self, decay: float) -> None:
-        """target = decay * target + (1 - decay) * student, if there is one."""
-        if not self.averaged_target:
-            return
-        student, target = self._parameters_of(STUDENT), self.target_parameters
-        torch._foreach_lerp_(list(target.values()), [student[name.replace(TARGET, STUDENT)] for name in target], 1 - decay)
+    @contextmanager
+    def teacher(self) -> Iterator[None]:
+        """Within it `predict` is the teacher, bit for bit; it always is while nothing is trained."""
+        with self.student.teacher() if self.student else nullcontext():
+            yield
 
     @contextmanager
     def target(self) -> Iterator[None]:
         """Within it `predict` is the student as the loss's target: its running average if it keeps one, else itself."""
-        if not self.averaged_target:
+        with self.student.target() if self.student else nullcontext():
             yield
-            return
-        self.unet.set_adapter(TARGET)
-        try:
-            yield
-        finally:
-            self.unet.set_adapter(STUDENT)
-
-    @contextmanager
-    def teacher(self) -> Iterator[None]:
-        """Within it the adapter, if there is one yet, is off and `predict` is the teacher, bit for bit."""
-        if not self.adapted:
-            yield
-            return
-        self.unet.disable_adapters()
-        try:
-            yield
-        finally:
-            self.unet.enable_adapters()
-
-    def adapter_state(self) -> dict[str, torch.Tensor]:
-        """The adapter's tensors under PEFT's names."""
-        return get_peft_model_state_dict(self.unet, adapter_name=STUDENT)
-
-    def load_adapter_state(self, tensors: dict[str, torch.Tensor]) -> None:
-        """The reverse of `adapter_state`.
-
-        Raises:
-            ValueError: tensors that the adapter has not, or has in another shape; which ones.
-        """
-        ours = {name: tensor.shape for name, tensor in self.adapter_state().items()}
-        theirs = {name: tensor.shape for name, tensor in tensors.items()}
-        different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-        if different:
-            name = different[0]
-            raise ValueError(
-                f"{len(different)} of the adapter's {len(ours)} tensors do not fit, such as {name}: "
-                f"the file has {theirs.get(name, 'none')}, this run {ours.get(name, 'none')}. "
-                "Set lora.rank and lora.targets to the file's."
-            )
-        set_peft_model_state_dict(self.unet, tensors, adapter_name=STUDENT)
-
-    def adapter_alphas(self) -> dict[str, float]:
-        """lora_alpha of each adapted module path."""
-        return {n: m.lora_alpha[STUDENT] for n, m in self.unet.named_modules() if isinstance(m, LoraLayer)}

@@ -1,5 +1,6 @@
 """What works on whole diffusers pipelines."""
 
 from .load_pcm_lora import load_pcm_lora
+from .load_pcm_unet import load_pcm_unet
 
-__all__ = ["load_pcm_lora"]
+__all__ = ["load_pcm_lora", "load_pcm_unet"]

@@ -10,32 +10,9 @@ from diffusers.utils import logging
 
 from ..lora_file import AdapterSettings, read_lora, read_settings, with_overrides
 from ..lora_layouts import to_diffusers
-from ..scheduling_pcm import PCMScheduler
+from .fitting import fitting_scheduler, local_file
 
 logger = logging.get_logger(__name__)
-
-
-def local_file(adapter: str, weight_name: str | None) -> Path:
-    """The file that `load_pcm_lora`'s first two arguments name, fetched from the hub if it is there.
-
-    Raises:
-        ValueError: a folder or hub repository that does not say which file.
-    """
-    path = Path(adapter)
-    if path.is_file():
-        return path
-    if path.is_dir():
-        names = sorted(p.name for p in path.glob("*.safetensors"))
-        if weight_name is None and len(names) != 1:
-            raise ValueError(f"{adapter} holds {len(names)} safetensors files; name one with weight_name: {names}.")
-        return path / (weight_name or names[0])
-    if weight_name is None:
-        raise ValueError(
-            f"{adapter} is not a file here. For an adapter on the hub, pass weight_name, the file in that repository."
-        )
-    from huggingface_hub import hf_hub_download
-
-    return Path(hf_hub_download(adapter, weight_name))
 
 
 def load_pcm_lora(
@@ -68,15 +45,8 @@ def load_pcm_lora(
     settings = with_overrides(stated, num_phases=num_phases, phase_edges=phase_edges, num_solver_steps=num_solver_steps)
     if settings.inferred:
         logger.warning(f"{path.name} does not state its settings; inferred from what was published: {settings}")
-    scheduler = PCMScheduler.from_config(
-        pipe.scheduler.config, **settings.scheduler_config
-    )  # refuses before weights are touched
-    for name in ("prediction_type", "num_train_timesteps"):
-        of_pipe, of_adapter = scheduler.config[name], getattr(settings, name)
-        if stated is not None and not stated.inferred and of_pipe != of_adapter:
-            raise ValueError(
-                f"{path.name} was trained with {name}={of_adapter!r}, but the pipeline's scheduler has {of_pipe!r}."
-            )
+    own = stated is not None and not stated.inferred
+    scheduler = fitting_scheduler(pipe, settings, path.name, stated=own)  # refuses before weights are touched
     if adapter_name in {name for names in pipe.get_list_adapters().values() for name in names}:
         pipe.delete_adapters(adapter_name)
     _load_weights(pipe, path, adapter_name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,15 +36,17 @@ from lora_training.config import (
     TrainConfig,
     ValidationConfig,
 )
+from lora_training.cpu import use_plain_attention
 from lora_training.distances import build_distance, pseudo_huber
 from lora_training.dry_run import dry_run
 from lora_training.loop import Interrupted, Run, run
 from lora_training.objectives import ConsistencyObjective
 from lora_training.optimizers import build_optimizer
 from lora_training.randomness import generator_of
+from lora_training.students import Adapter
 from lora_training.teacher import SOLVERS, Levels, guided_prediction
 from lora_training.train import parse
-from pcm_scheduler import load_pcm_lora, read_settings
+from pcm_scheduler import load_pcm_lora, load_pcm_unet, read_settings
 from pcm_scheduler.lora_file import kohya_state_dict
 from pcm_scheduler.phases import PhaseGrid
 
@@ -200,8 +203,8 @@ def test_a_run_goes_on_from_another_runs_adapter(pictures, tmp_path):
     stored = {key: tensor.flatten(1).float() for key, tensor in load_file(first).items() if tensor.ndim}
     config = config_for(pictures, tmp_path / "second.safetensors")
     config.lora = LoraConfig(rank=4, alpha=8.0, init_adapter=str(first))
-    started = Run(config).backbone
-    ours = kohya_state_dict(started.adapter_state(), started.adapter_alphas())
+    started = Run(config).student
+    ours = kohya_state_dict(started.state(), started.alphas())
     changes = 0
     for key in stored:
         if key.endswith("lora_down.weight") and ours[key].ndim == 2:
@@ -242,7 +245,7 @@ def test_the_teacher_is_the_same_network_bit_for_bit():
     t = torch.tensor([500] * 3)
     with torch.no_grad():
         before = backbone.predict(latents, t, embeds)
-        parameters = backbone.add_adapter(LoraConfig(rank=2), seed=0)
+        parameters = Adapter(backbone, LoraConfig(rank=2), seed=0).parameters
         for p in parameters.values():
             p.add_(0.05)
         student = backbone.predict(latents, t, embeds)
@@ -318,7 +321,7 @@ def test_the_jump_is_the_identity_at_the_edge_and_the_loss_vanishes_one_point_ab
     n = torch.tensor([0, 12, 50])
     assert torch.equal(objective.jump_to_edge(latents, n, n, told), latents)
     with_adapter = load_backbone(ModelConfig(path=str(MODEL_DIR)))
-    with_adapter.add_adapter(LoraConfig(rank=2), seed=0)  # initialised to no effect
+    Adapter(with_adapter, LoraConfig(rank=2), seed=0)  # initialised to no effect
     loss = ConsistencyObjective(with_adapter, grid, unguided)(latents, told, empty, torch.Generator().manual_seed(0))
     assert loss.item() < 1e-6
     # a solver that would skip edges stops at them
@@ -340,7 +343,8 @@ def test_the_averaged_target_lags_behind_the_student():
     backbone = load_backbone(ModelConfig(path=str(MODEL_DIR)))
     latents, told, _ = batch_for(backbone)
     t = torch.tensor([500] * 3)
-    parameters = backbone.add_adapter(LoraConfig(rank=2), seed=0, averaged_target=True)
+    student_adapter = Adapter(backbone, LoraConfig(rank=2), seed=0, averaged=True)
+    parameters = student_adapter.parameters
     with torch.no_grad():
         teacher = backbone.predict(latents, t, told)
         for p in parameters.values():
@@ -348,11 +352,11 @@ def test_the_averaged_target_lags_behind_the_student():
         student = backbone.predict(latents, t, told)
         with backbone.target():
             assert torch.equal(backbone.predict(latents, t, told), teacher)
-        backbone.update_target(0.0)
+        student_adapter.update_target(0.0)
         with backbone.target():
             torch.testing.assert_close(backbone.predict(latents, t, told), student)
     assert all(p.requires_grad for p in parameters.values())
-    assert len(backbone.adapter_state()) == len(parameters)
+    assert len(student_adapter.state()) == len(parameters)
 
 
 def test_lpips_sees_pictures_and_reaches_the_latents(backbone, tmp_path):
@@ -431,9 +435,10 @@ def test_an_optimiser_that_is_not_installed_is_named(monkeypatch):
 def test_adapters_are_in_single_precision_over_a_half_precision_network():
     backbone = load_backbone(ModelConfig(path=str(MODEL_DIR)))
     backbone.unet.to(torch.bfloat16)
-    parameters = backbone.add_adapter(LoraConfig(rank=2), seed=0, averaged_target=True)
-    assert {p.dtype for p in (*parameters.values(), *backbone.target_parameters.values())} == {torch.float32}
-    backbone.update_target(decay=0.5)
+    adapter = Adapter(backbone, LoraConfig(rank=2), seed=0, averaged=True)
+    parameters = adapter.parameters
+    assert {p.dtype for p in (*parameters.values(), *adapter.target_parameters.values())} == {torch.float32}
+    adapter.update_target(decay=0.5)
     told = {"prompt_embeds": torch.zeros(2, 40, 160)}
     with torch.autocast("cpu", torch.bfloat16):
         backbone.predict(torch.zeros(2, 4, 16, 16), torch.tensor([999, 1]), told).square().mean().backward()
@@ -591,9 +596,10 @@ def test_a_misspelt_key_in_the_file_is_named_with_the_right_one(tmp_path, capsys
     assert "Did you mean objective.num_phases" in capsys.readouterr().err
 
 
-def launch(*arguments, config_file=None):
+def launch(*arguments, config_file=None, num_processes=1):
     """`accelerate launch lora_training/train.py` in a process of its own."""
-    how = ["--config_file", config_file] if config_file else ["--cpu", "--num_processes", "1", "--num_machines", "1"]
+    how = ["--config_file", config_file] if config_file else ["--cpu", "--num_machines", "1"]
+    how += ["--num_processes", str(num_processes)]
     how += [] if config_file else ["--mixed_precision", "no", "--dynamo_backend", "no"]
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *how, "lora_training/train.py", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -621,12 +627,88 @@ def test_accelerate_launches_the_script_with_the_shipped_configuration(pictures,
 
 def test_two_processes_train_one_adapter_on_different_samples(pictures, tmp_path):
     two, one = tmp_path / "two.safetensors", tmp_path / "one.safetensors"
-    done = launch(*shapes_arguments(pictures, two), config_file="examples/accelerate/two_processes_cpu.yaml")
+    done = launch(*shapes_arguments(pictures, two), config_file="examples/accelerate/two_processes_cpu.yaml", num_processes=2)
     assert done.stdout.count("wrote") == 1
     run(parse(shapes_arguments(pictures, one)))
     pairs = [(tensor, load_file(one)[key]) for key, tensor in load_file(two).items()]
     assert any(not torch.equal(a, b) for a, b in pairs), "the second process added nothing"
     assert all(a.isfinite().all() for a, _ in pairs)
+
+
+@pytest.mark.parametrize("trainable", ["lora", "unet"])
+def test_fsdp_goes_on_from_a_checkpoint_as_processes_with_whole_networks_do(pictures, tmp_path, trainable):
+    """Where weights are kept changes no number: same checkpoint, two more steps, same file."""
+    overrides = {
+        "trainable": trainable, "objective.target_ema": 0.5, "optimizer.steps": 4, "optimizer.warmup_steps": 0,
+        "optimizer.learning_rate": 1e-3, "checkpoint_every": 3,
+    }  # fmt: skip
+    begun = Run(parse(shapes_arguments(pictures, tmp_path / "begun.safetensors", **overrides)))
+    start = {name: p.detach().clone() for name, p in begun.parameters.items()}
+    for step in range(2):
+        begun.step(step)
+    state = (begun.parameters, begun.optimizer.optimizer, 2, begun.student.target_parameters)
+    begun.checkpoints.save(*state)
+    files = {}
+    for name in ("two_processes_cpu", "fsdp"):
+        files[name] = tmp_path / f"{name}.safetensors"
+        shutil.copytree(begun.checkpoints.folder, files[name].with_suffix(".run") / "checkpoints")
+        arguments = shapes_arguments(pictures, files[name], **overrides)
+        done = launch(*arguments, config_file=f"examples/accelerate/{name}.yaml", num_processes=2)
+        assert ("split between 2 processes" in done.stdout) == (name == "fsdp")
+        assert done.stdout.count("wrote") == 1
+    whole, split = (load_file(path) for path in files.values())
+    assert whole.keys() == split.keys()
+    if trainable == "lora":  # of an adapter, the half that starts at zero
+        moved = {key: tensor.float() for key, tensor in whole.items() if key.endswith("lora_up.weight")}
+    else:
+        moved = {key: tensor.float() - start[key] for key, tensor in whole.items()}
+    apart = torch.cat([(split[key].float() - whole[key].float()).flatten() for key in moved]).norm()
+    assert apart < 0.05 * torch.cat([tensor.flatten() for tensor in moved.values()]).norm()
+
+
+def test_the_whole_unet_is_trained_beside_its_teacher_and_its_file_loads(pictures, tmp_path):
+    config = config_for(pictures, tmp_path / "unet.safetensors", trainable="unet")
+    config.optimizer.learning_rate = 1e-4
+    trained = Run(config)
+    frozen = load_backbone(ModelConfig(path=str(MODEL_DIR)))
+    use_plain_attention(frozen.unet)  # as a run on the CPU does
+    output = trained.train()
+    latents, told, _ = batch_for(frozen)
+    t = torch.tensor([500] * 3)
+    with torch.no_grad(), trained.backbone.teacher():
+        assert torch.equal(trained.backbone.predict(latents, t, told), frozen.predict(latents, t, told))
+    with torch.no_grad():
+        student = trained.backbone.predict(latents, t, told)
+    assert not torch.allclose(student, frozen.predict(latents, t, told), atol=1e-3)
+
+    settings = read_settings(output)
+    assert settings.grid.num_phases == 4
+    pipe = load_pipeline()
+    load_pcm_unet(pipe, output)
+    assert pipe.scheduler.config.phase_edges == list(settings.phase_edges)
+    with torch.no_grad():
+        loaded = pipe.unet(latents, t, told["prompt_embeds"]).sample
+    torch.testing.assert_close(loaded, student, atol=2e-2, rtol=0)  # a file in fp16
+    assert "load_pcm_unet" in (tmp_path / "unet.run" / "README.md").read_text()
+    with pytest.raises(ValueError, match="load_pcm_lora"):
+        load_pcm_unet(pipe, MODEL_DIR.parent / "adapters" / "pcm_4phase.safetensors")
+    with pytest.raises(ValueError, match="LoRA"):
+        load_pcm_lora(pipe, output)
+
+
+def test_a_whole_unet_resumes_bit_for_bit_with_its_running_average(pictures, tmp_path):
+    def config(name):
+        made = config_for(pictures, tmp_path / f"{name}.safetensors", steps=4, trainable="unet", checkpoint_every=2)
+        made.objective.target_ema = 0.9
+        return made
+
+    straight = load_file(run(config("straight")))
+    halves = Run(config("halves"))
+    for step in range(2):
+        halves.step(step)
+    halves.checkpoints.save(halves.parameters, halves.optimizer.optimizer, 2, halves.student.target_parameters)
+    resumed = load_file(run(config("halves")))
+    assert all(torch.equal(resumed[key], tensor) for key, tensor in straight.items())
 
 
 def test_sigterm_saves_and_exits_with_0(pictures, tmp_path):

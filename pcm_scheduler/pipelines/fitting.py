@@ -1,0 +1,54 @@
+"""Which file a caller means, and whether what it holds was trained for the pipeline's noise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..lora_file import AdapterSettings
+from ..scheduling_pcm import PCMScheduler
+
+
+def local_file(name: str, weight_name: str | None) -> Path:
+    """The file that is named, fetched from the hub if it is there.
+
+    Args:
+        name: a `.safetensors` file, a folder, or a hub id.
+        weight_name: the file in a folder or hub repository.
+
+    Raises:
+        ValueError: a folder or hub repository that does not say which file.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        names = sorted(p.name for p in path.glob("*.safetensors"))
+        if weight_name is None and len(names) != 1:
+            raise ValueError(f"{name} holds {len(names)} safetensors files; name one with weight_name: {names}.")
+        return path / (weight_name or names[0])
+    if weight_name is None:
+        raise ValueError(f"{name} is not a file here. For one on the hub, pass weight_name, the file in that repository.")
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(name, weight_name))
+
+
+def fitting_scheduler(pipe: Any, settings: AdapterSettings, name: str, stated: bool = True) -> PCMScheduler:
+    """The scheduler that the settings ask for, on the pipeline's noise schedule.
+
+    Args:
+        pipe: a diffusers pipeline.
+        settings: of the file.
+        name: of the file, for the message.
+        stated: the settings are the file's own; guesses are not held against the pipeline.
+
+    Raises:
+        ValueError: trained for another prediction type or number of timesteps than the pipeline's.
+    """
+    scheduler = PCMScheduler.from_config(pipe.scheduler.config, **settings.scheduler_config)
+    for setting in ("prediction_type", "num_train_timesteps"):
+        of_pipe, of_file = scheduler.config[setting], getattr(settings, setting)
+        if stated and of_pipe != of_file:
+            raise ValueError(f"{name} was trained with {setting}={of_file!r}, but the pipeline's scheduler has {of_pipe!r}.")
+    return scheduler
