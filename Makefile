@@ -4,10 +4,10 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help install test lint types demo measure bench shapes shapes_xl adapters clean
+.PHONY: help install test lint types demo demo-edit measure bench shapes shapes_xl adapters adapter_xl clean
 
 help: ## what can be made
-	@grep -E '^[a-z_]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -19,6 +19,9 @@ install: $(STAMP) ## the virtual environment with everything in it
 
 demo: $(STAMP) ## pictures with the shipped model and adapters: outputs/demo
 	$(PY) examples/shapes/demo.py
+
+demo-edit: $(STAMP) ## a sheet of every editing task: outputs/demo
+	$(PY) examples/shapes/demo_edit.py
 
 test: $(STAMP) lint types ## lint, types and tests
 	$(PY) -m pytest -n auto
@@ -33,8 +36,9 @@ types: $(STAMP)
 measure: $(STAMP) ## the tables in docs/results.md: Frechet distances and all
 	$(PY) examples/shapes/measure.py
 
-bench: $(STAMP) ## the tables in benchmarks/README.md
+bench: $(STAMP) ## the tables in benchmarks/README.md and docs/editing.md; hours
 	$(PY) benchmarks/scheduler_step.py --write
+	$(PY) benchmarks/editing.py
 
 shapes: $(STAMP) ## train and measure the shapes model again
 	$(PY) examples/shapes/train_autoencoder.py
@@ -47,6 +51,14 @@ shapes_xl: $(STAMP) ## train and measure the shapes model of SDXL's shape again
 
 adapters: $(STAMP) ## distil the shapes adapters again
 	$(PY) examples/shapes/distil.py
+
+adapter_xl: $(STAMP) ## train the adapter of the shapes model of SDXL's shape again, from three seeds, and measure them
+	$(PY) examples/shapes/write_dataset.py outputs/shapes_data --count 8192
+	for seed in 0 1 2; do \
+		$(PY) lora_training/train.py --config examples/configs/shapes_xl_pcm4.yaml --seed $$seed --output outputs/xl_seed$$seed.safetensors; \
+	done
+	cp outputs/xl_seed0.safetensors examples/shapes/adapters/xl_pcm_4phase.safetensors
+	$(PY) examples/shapes/measure_adapter.py outputs/xl_seed*.safetensors --model shapes-xl --out docs/seeds_shapes_xl.md
 
 clean: ## remove what runs have written
 	rm -rf outputs build dist *.egg-info

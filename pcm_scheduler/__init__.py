@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .lora_file import AdapterSettings, read_settings
     from .phases import PhaseGrid
-    from .pipelines import load_pcm_lora, load_pcm_unet
+    from .pipelines import PCMEditPipeline, load_pcm_lora, load_pcm_unet
     from .sampling import jump, sample_phased
     from .scheduling_pcm import PCMScheduler, PCMSchedulerOutput
 
@@ -22,6 +22,7 @@ _HOMES = {
     "read_settings": "lora_file",
     "load_pcm_lora": "pipelines",
     "load_pcm_unet": "pipelines",
+    "PCMEditPipeline": "pipelines",
     "PCMScheduler": "scheduling_pcm",
     "PCMSchedulerOutput": "scheduling_pcm",
     "PhaseGrid": "phases",
@@ -31,6 +32,7 @@ _HOMES = {
 
 __all__ = [
     "AdapterSettings",
+    "PCMEditPipeline",
     "PCMScheduler",
     "PCMSchedulerOutput",
     "PhaseGrid",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,11 +17,13 @@ def to_pil(image: torch.Tensor) -> Image.Image:
     return Image.fromarray(image.permute(1, 2, 0).numpy())
 
 
-def contact_sheet(rows: dict[str, torch.Tensor], tile: int = 112, label_width: int = 150) -> Image.Image:
+def contact_sheet(
+    rows: Mapping[str, Sequence[torch.Tensor] | torch.Tensor], tile: int = 112, label_width: int = 150
+) -> Image.Image:
     """One row of pictures per name.
 
     Args:
-        rows: name -> uint8 pictures (N, 3, H, W), equally many in every row.
+        rows: name -> uint8 pictures (3, H, W), equally many in every row.
         tile: side of a picture on the sheet, in pixels.
         label_width: room for the names.
     """

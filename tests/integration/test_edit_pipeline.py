@@ -1,0 +1,269 @@
+"""PCMEditPipeline on the shapes models: what was measured is true of the saved file, in every form of input and output."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoPipelineForInpainting, DDIMScheduler
+from PIL import Image
+
+from pcm_scheduler import PCMEditPipeline, PCMScheduler, load_pcm_lora
+from pcm_scheduler.operators import BlockMean, KeepRegion, Luminance, Together
+from pcm_scheduler.pipelines.pictures import to_pictures
+
+from model import HERE, XL_MODEL_DIR, load_pipeline
+from scenes import TEST_SEED, caption, render, sample_scene
+
+ADAPTER = HERE / "adapters" / "pcm_4phase.safetensors"
+GREY = 1 / 127.5  # a grey level, in units of [-1, 1]
+
+
+def scene_picture(index=0):
+    pixels = ((render([sample_scene(TEST_SEED, index)])[0] + 1) * 127.5).round().clamp(0, 255).byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def words(index=0):
+    return caption(sample_scene(TEST_SEED, index), np.random.default_rng(0))
+
+
+@pytest.fixture(scope="module")
+def edit():
+    pipe = load_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    return PCMEditPipeline.from_pipe(pipe, load_pcm_lora(pipe, ADAPTER))
+
+
+@pytest.fixture(scope="module")
+def edit_xl():
+    pipe = load_pipeline(XL_MODEL_DIR)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = PCMScheduler.from_config(pipe.scheduler.config, num_phases=4)
+    return PCMEditPipeline.from_pipe(pipe)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def half_mask(picture):
+    mask = Image.new("L", picture.size, 0)
+    mask.paste(255, (picture.width // 2, 0, *picture.size))
+    return mask
+
+
+@pytest.mark.parametrize("name", ["edit", "edit_xl"])
+@pytest.mark.parametrize("steps", [2, 4])
+def test_every_exact_task_keeps_what_it_measured_in_eight_bits(name, steps, request):
+    edit, picture = request.getfixturevalue(name), scene_picture()
+    options = {"prompt": words(), "num_inference_steps": steps, "generator": seeded()}
+    mask = half_mask(picture)
+    [painted] = edit.inpaint(picture, mask, **options).images
+    kept = np.asarray(mask) == 0
+    assert np.array_equal(np.asarray(painted)[kept], np.asarray(picture)[kept])
+    assert not np.array_equal(np.asarray(painted), np.asarray(picture))
+
+    [wide] = edit.outpaint(picture, left=16, bottom=8, **options).images
+    assert wide.size == (144, 136)
+    assert np.array_equal(np.asarray(wide)[:128, 16:], np.asarray(picture))
+
+    grey = picture.convert("L")
+    [coloured] = edit.colorize(grey, **options).images
+    luminance = Luminance()
+    error = luminance.residual(to_pictures(coloured), luminance.measure(to_pictures(grey)))
+    assert error.item() <= GREY
+    assert np.asarray(coloured).std(axis=2).max() > 10  # it has colours
+
+    small = to_pictures(picture.resize((32, 32), Image.Resampling.BOX))
+    [large] = edit.super_resolve(small / 2 + 0.5, factor=4, **options).images
+    assert large.size == (128, 128)
+    assert BlockMean(4).residual(to_pictures(large), small).item() <= GREY
+
+
+@pytest.mark.parametrize("size", [(121, 133), (128, 96)])
+def test_pictures_of_any_size(edit, size):
+    picture = scene_picture().resize((size[1], size[0]))
+    [painted] = edit.inpaint(picture, half_mask(picture), num_inference_steps=2, generator=seeded()).images
+    assert painted.size == picture.size
+    kept = np.asarray(half_mask(picture)) == 0
+    assert np.array_equal(np.asarray(painted)[kept], np.asarray(picture)[kept])
+
+
+def test_the_hidden_half_is_drawn_as_the_prompt_says(edit):
+    """Red there in the original, blue in the prompt."""
+    prompt = "a large blue square on the right on a plain gray background"
+    picture = Image.new("RGB", (128, 128), (135, 135, 140))
+    [painted] = edit.inpaint(picture, half_mask(picture), prompt=prompt, generator=seeded()).images
+    red, _, blue = np.asarray(painted)[48:80, 80:112].reshape(-1, 3).mean(axis=0)
+    assert blue > 150
+    assert blue > red + 60
+
+
+def test_seeds_batches_and_forms_of_input_agree(edit):
+    pictures, mask = [scene_picture(0), scene_picture(1)], half_mask(scene_picture())
+    options = {"prompt": [words(0), words(1)], "num_inference_steps": 2}
+    together = edit.inpaint(pictures, mask, generator=[seeded(1), seeded(2)], output_type="pt", **options).images
+    for i, (picture, prompt) in enumerate(zip(pictures, options["prompt"], strict=True)):
+        alone = edit.inpaint(picture, mask, prompt=prompt, num_inference_steps=2, generator=seeded(i + 1), output_type="pt")
+        torch.testing.assert_close(together[i], alone.images[0], atol=2e-3, rtol=0)
+    arrays = np.stack([np.asarray(picture) for picture in pictures])
+    as_numpy = edit.inpaint(arrays, np.asarray(mask), generator=[seeded(1), seeded(2)], output_type="np", **options).images
+    np.testing.assert_allclose(as_numpy, together.permute(0, 2, 3, 1).numpy(), atol=1e-6)
+    as_floats = torch.from_numpy(arrays).permute(0, 3, 1, 2) / 255
+    again = edit.inpaint(as_floats, mask, generator=[seeded(1), seeded(2)], output_type="pt", **options).images
+    torch.testing.assert_close(again, together)
+    several = edit.inpaint(pictures[0], mask, prompt=["a red star", "a blue ring", "a black heart"], num_inference_steps=1)
+    assert len(several.images) == len(several.residual) == 3
+
+
+def test_negative_prompts_and_guidance_change_the_picture(edit):
+    picture, mask = scene_picture(), half_mask(scene_picture())
+    options = {"prompt": "a red star", "num_inference_steps": 2, "output_type": "pt"}
+    plain = edit.inpaint(picture, mask, generator=seeded(), **options).images
+    guided = edit.inpaint(picture, mask, generator=seeded(), guidance_scale=3.0, **options).images
+    negative = edit.inpaint(picture, mask, generator=seeded(), guidance_scale=3.0, negative_prompt="a star", **options).images
+    assert (plain - guided).abs().max() > 0.05
+    assert (negative - guided).abs().max() > 0.05
+
+
+def test_callbacks_see_every_step_and_may_replace_the_latents(edit):
+    seen = []
+
+    def note(pipeline, step, timestep, state):
+        seen.append((step, timestep, state["latents"].shape))
+        return {"latents": torch.zeros_like(state["latents"])}
+
+    options = {"num_inference_steps": 4, "generator": seeded(), "output_type": "pt"}
+    changed = edit.inpaint(scene_picture(), half_mask(scene_picture()), callback_on_step_end=note, **options).images
+    assert [(step, timestep) for step, timestep, _ in seen] == [(0, 799), (1, 739), (2, 499)]
+    options["generator"] = seeded()
+    assert not torch.equal(changed, edit.inpaint(scene_picture(), half_mask(scene_picture()), **options).images)
+
+
+def test_an_inverted_picture_comes_back_nearly_as_the_vae_alone_gives_it(edit):
+    """Up with the unguided teacher, down with its own grid: PSNR beside the VAE's own round trip; then with the adapter."""
+    picture = scene_picture()
+    truth = to_pictures(picture)
+
+    def psnr(other):
+        return -10 * ((other - truth) / 2).square().mean().log10().item()
+
+    codec = edit.model.codec((128, 128))
+    vae = psnr(codec.decode(codec.encode(truth)))
+    noise = edit.invert(picture, prompt=words())
+    with edit.model.teacher():
+        adapted, edit.pipe.scheduler = edit.pipe.scheduler, PCMScheduler.from_config(edit.pipe.scheduler.config, num_phases=50)
+        fine = edit.sample(noise, (128, 128), prompt=words(), num_inference_steps=50, guidance_scale=1.0, output_type="pt")
+        edit.pipe.scheduler = adapted
+    few = edit.sample(noise, (128, 128), prompt=words(), num_inference_steps=4, output_type="pt")
+    back, four = psnr(fine.images * 2 - 1), psnr(few.images * 2 - 1)
+    print(f"PSNR: VAE alone {vae:.2f} dB, inverted and back {back:.2f} dB, with the adapter in 4 steps {four:.2f} dB")
+    assert back > 20
+    assert four > 12  # the adapter holds the teacher's guidance, which the inversion leaves out
+
+
+def test_interpolation_ends_at_its_ends_and_variation_stays_near(edit):
+    options = {"prompt": "a medium red star in the center", "num_inference_steps": 4, "output_type": "pt"}
+    way = edit.interpolate(3, 4, count=4, size=(128, 128), **options).images
+    for seed, end in ((3, way[0]), (4, way[-1])):
+        alone = edit.sample(edit.noise(1, (128, 128), seeded(seed)), (128, 128), **options).images[0]
+        torch.testing.assert_close(end, alone, atol=2e-3, rtol=0)
+    picture = scene_picture()
+    near = edit.vary(picture, amount=0.1, count=2, generator=seeded(), **options).images
+    far = edit.vary(picture, amount=1.0, count=2, generator=seeded(), **options).images
+    again = edit.vary(picture, amount=0.0, count=1, generator=seeded(), **options).images
+    assert (near - again).abs().mean() < (far - again).abs().mean()
+
+
+def test_denoising_takes_noise_out(edit):
+    truth = to_pictures(scene_picture())
+    noisy = (truth + 30 / 127.5 * torch.randn(truth.shape, generator=seeded())).clamp(-1, 1) / 2 + 0.5
+    before = (noisy * 2 - 1 - truth).square().mean()
+    for level in (30.0, None):
+        [found] = edit.denoise(noisy, level, prompt=words(), generator=seeded(), output_type="pt").images
+        after = (found * 2 - 1 - truth).square().mean()
+        assert after < 0.5 * before
+
+
+def test_strokes_keep_more_of_the_sketch_at_low_strength(edit):
+    sketch = Image.new("RGB", (128, 128), (150, 205, 240))
+    sketch.paste((222, 38, 38), (44, 44, 84, 84))
+    options = {"prompt": "a large red heart in the center on a plain sky background", "output_type": "pt"}
+    target = to_pictures(sketch)[0] / 2 + 0.5
+    kept = [
+        (edit.stroke(sketch, strength, generator=seeded(), **options).images[0] - target).abs().mean().item()
+        for strength in (0.2, 0.9)
+    ]
+    assert kept[0] < kept[1]
+
+
+def test_several_measurements_hold_at_once(edit):
+    """Colourise a picture and put a coloured stamp into it."""
+    picture = to_pictures(scene_picture())
+    stamp = torch.zeros(1, 1, 128, 128, dtype=torch.bool)
+    stamp[..., :32, :32] = True
+    operator = Together(KeepRegion(stamp), BlockMean(16))
+    y = operator.measure(picture)
+    result = edit(operator, y, (128, 128), num_inference_steps=2, generator=seeded(), output_type="pt")
+    assert operator.residual(result.images * 2 - 1, y).item() < 0.5 * GREY
+    assert result.residual[0] < 0.5
+
+
+@pytest.mark.parametrize(
+    ("task", "arguments", "says"),
+    [
+        ("inpaint", (Image.new("L", (64, 128)),), "one size"),
+        ("inpaint", (Image.new("L", (128, 128)),), "mask"),
+        ("inpaint", (Image.new("L", (128, 128), 255),), "mask"),
+        ("super_resolve", (1,), "factor"),
+        ("super_resolve", (2, "lanczos"), "mean or antialias"),
+        ("outpaint", (), "at least one"),
+        ("outpaint", (-8,), "0 or more"),
+        ("denoise", (300.0,), "255"),
+        ("denoise", (0.0,), "255"),
+        ("denoise", (-1.0,), "255"),
+        ("stroke", (1.5,), "strength"),
+        ("vary", (2.0,), "amount"),
+        ("interpolate", (scene_picture(), 1), "at least 2"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_a_reason(edit, task, arguments, says):
+    with pytest.raises(ValueError, match=says):
+        getattr(edit, task)(scene_picture(), *arguments)
+
+
+def test_pictures_and_options_that_cannot_work_are_refused(edit):
+    mask = half_mask(scene_picture())
+    with pytest.raises(ValueError, match=r"in \[0, 1\]"):
+        edit.inpaint(to_pictures(scene_picture()) * 3, mask)
+    with pytest.raises(ValueError, match="4 channels"):
+        edit.inpaint(torch.rand(4, 128, 128), mask)
+    with pytest.raises(ValueError, match="one size"):
+        edit.inpaint([scene_picture(), scene_picture().resize((64, 64))], mask)
+    with pytest.raises(ValueError, match="do not fit"):
+        edit.inpaint([scene_picture()] * 2, mask, prompt=["a", "b", "c"])
+    with pytest.raises(ValueError, match="output_type"):
+        edit.inpaint(scene_picture(), mask, output_type="jpeg")
+    with pytest.raises(ValueError, match="num_inference_steps"):
+        edit.inpaint(scene_picture(), mask, num_inference_steps=51)
+    with pytest.raises(ValueError, match="eta"):
+        edit.inpaint(scene_picture(), mask, eta=2.0)
+    pipe = load_pipeline()
+    assert isinstance(pipe.scheduler, DDIMScheduler)
+    with pytest.raises(ValueError, match="load_pcm_lora"):
+        PCMEditPipeline.from_pipe(pipe)
+
+
+def test_diffusers_own_inpainting_pipeline_works_with_the_scheduler(edit):
+    """For people who stay there: the pasted region is exact with its overlay."""
+    pipe = AutoPipelineForInpainting.from_pipe(edit.pipe)
+    pipe.set_progress_bar_config(disable=True)
+    picture, mask = scene_picture(), half_mask(scene_picture())
+    painted = pipe(
+        words(), image=picture, mask_image=mask, height=128, width=128, strength=1.0, num_inference_steps=4, guidance_scale=1.0,
+        generator=seeded(),
+    ).images[0]  # fmt: skip
+    pasted = pipe.image_processor.apply_overlay(mask, picture, painted)
+    kept = np.asarray(mask) == 0
+    assert np.array_equal(np.asarray(pasted)[kept], np.asarray(picture)[kept])
