@@ -403,6 +403,8 @@ class KeepRegion(_Masked):
     Args:
         mask: shape (1 or N, 1, H, W), bool or 0/1; True is kept.
         ramp: how far `approach` reaches, in pixels: sigma of its smoothing; it ends at 3 ramps.
+        blend: for soft masks, shape (1 or N, 1, H, W), in [0, 1]: how much of x a free pixel shows after `approach`; the rest
+            is y's, which must then hold the whole picture. None: all of it.
 
     Raises:
         ValueError: a mask of another shape or with other values, that keeps nothing or leaves nothing free; ramp <= 0.
@@ -410,9 +412,12 @@ class KeepRegion(_Masked):
 
     hint = "The kept pixels must be in [-1, 1]: scale or clamp the picture."
 
-    def __init__(self, mask: torch.Tensor, ramp: float = 8.0) -> None:
+    def __init__(self, mask: torch.Tensor, ramp: float = 8.0, blend: torch.Tensor | None = None) -> None:
         _check_ramp(ramp)
         self._mask = _checked_mask(mask, "kept")
+        if blend is not None and blend.shape[-2:] != self._mask.shape[-2:]:
+            raise ValueError(f"blend is {tuple(blend.shape)} and the mask {tuple(self._mask.shape)}: give them one size.")
+        self.blend = blend
         full = self._mask.flatten(1).all(1).nonzero().flatten().tolist()
         if full:
             raise ValueError(f"The mask of picture {full[0]} keeps every pixel, so nothing is left to edit: set some to False.")
@@ -449,7 +454,10 @@ class KeepRegion(_Masked):
 
     def _approach(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         inside = self._inside(x)
-        return torch.where(inside, y, x + _continued(y - x, inside, self.ramp))
+        moved = x + _continued(y - x, inside, self.ramp)
+        if self.blend is not None:
+            moved = torch.lerp(y, moved, self.blend.to(x))
+        return torch.where(inside, y, moved)
 
 
 class Luminance(_Masked):

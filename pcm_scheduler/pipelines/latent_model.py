@@ -137,7 +137,7 @@ class LatentModel:
             output = self.unet(
                 inputs.to(self.unet.dtype),
                 levels.timesteps[i],
-                encoder_hidden_states=prompts.embeds,
+                encoder_hidden_states=prompts.embeds.to(self.unet.dtype),
                 added_cond_kwargs=prompts.added,
                 return_dict=False,
             )[0].float()

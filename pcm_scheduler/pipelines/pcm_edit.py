@@ -54,6 +54,7 @@ class Strategy:
     eta: float | None = None
 
 
+BLACK = 0.02  # of a mask: five grey levels, which JPEG makes of black
 PROJECTED = ("all", "last phase", "end")
 
 # Measured on the shapes model: docs/editing.md has the figures and `benchmarks/editing.py` writes them.
@@ -195,24 +196,24 @@ class PCMEditPipeline:
                 callback=step_end,
             )
             bar.update()
+        self.pipe.maybe_free_model_hooks()
         residual = operator.residual(pictures, measurement) * 127.5
         return PCMEditOutput(from_pictures(pictures, output_type), residual.tolist())
 
     # ------------------------------------------------------------------------------------------ tasks
 
     def inpaint(self, image: Pictures, mask_image: Pictures, **options: Any) -> PCMEditOutput:
-        """Draw the white part of the mask anew; the rest is kept, pixel for pixel.
+        """Draw the white part of the mask anew; the black part is kept, pixel for pixel.
 
         Args:
             image: the pictures.
-            mask_image: of the same size; white is drawn anew.
+            mask_image: of the same size; white is drawn anew, black is kept, grey shows so much of the new.
             **options: of `__call__`.
         """
-        pictures = to_pictures(image)
-        free = to_mask(mask_image, _size(pictures))
-        operator = KeepRegion((~free).to(self.model.device))
-        pictures = pictures.to(self.model.device)
-        return self._edit("inpaint", operator, operator.measure(pictures), _filled(pictures, operator.mask), options)
+        pictures = to_pictures(image).to(self.model.device)
+        mask = to_mask(mask_image, _size(pictures)).to(self.model.device)
+        operator = KeepRegion(mask < BLACK, blend=mask)
+        return self._edit("inpaint", operator, pictures, _filled(pictures, mask < 0.5), options)
 
     def outpaint(
         self, image: Pictures, left: int = 0, top: int = 0, right: int = 0, bottom: int = 0, **options: Any
@@ -237,7 +238,7 @@ class PCMEditPipeline:
             **options: of `__call__`.
         """
         pictures = to_pictures(image).to(self.model.device)
-        kept = None if mask_image is None else ~to_mask(mask_image, _size(pictures)).to(self.model.device)
+        kept = None if mask_image is None else to_mask(mask_image, _size(pictures)).to(self.model.device) < 0.5
         operator = Luminance(kept)
         y = operator.measure(pictures)
         return self._edit("colorize", operator, y, y.expand(-1, 3, -1, -1), options)
@@ -417,7 +418,7 @@ def _size(pictures: torch.Tensor) -> tuple[int, int]:
 
 def _filled(pictures: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """The pictures with the mean of their kept pixels elsewhere: a start that leans to no side."""
-    mean = (pictures * kept).sum(dim=(2, 3), keepdim=True) / kept.sum(dim=(2, 3), keepdim=True)
+    mean = (pictures * kept).sum(dim=(2, 3), keepdim=True) / kept.sum(dim=(2, 3), keepdim=True).clamp(min=1)
     return torch.where(kept, pictures, mean)
 
 

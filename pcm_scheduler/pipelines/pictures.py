@@ -72,7 +72,7 @@ def to_pictures(given: Pictures, name: str = "image") -> torch.Tensor:
 
 
 def to_mask(given: Pictures, size: tuple[int, int]) -> torch.Tensor:
-    """To (N, 1, H, W) bool: true where white, which is what is drawn anew, as in diffusers.
+    """To (N, 1, H, W) float32 in [0, 1]: 1 where white, which is what is drawn anew, as in diffusers.
 
     Raises:
         ValueError: not of the picture's size.
@@ -83,7 +83,7 @@ def to_mask(given: Pictures, size: tuple[int, int]) -> torch.Tensor:
             f"mask_image is {tensor.shape[-2]} x {tensor.shape[-1]} and the picture {size[0]} x {size[1]} (height x width); "
             "give them one size."
         )
-    return tensor >= 0.5
+    return tensor
 
 
 def from_pictures(pictures: torch.Tensor, output_type: str) -> Any:

@@ -15,7 +15,7 @@ from pcm_scheduler.pipelines.pictures import to_pictures
 from model import HERE, XL_MODEL_DIR, load_pipeline
 from scenes import TEST_SEED, caption, render, sample_scene
 
-ADAPTER = HERE / "adapters" / "pcm_4phase.safetensors"
+ADAPTER, XL_ADAPTER = (HERE / "adapters" / f"{name}pcm_4phase.safetensors" for name in ("", "xl_"))
 GREY = 1 / 127.5  # a grey level, in units of [-1, 1]
 
 
@@ -39,8 +39,7 @@ def edit():
 def edit_xl():
     pipe = load_pipeline(XL_MODEL_DIR)
     pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = PCMScheduler.from_config(pipe.scheduler.config, num_phases=4)
-    return PCMEditPipeline.from_pipe(pipe)
+    return PCMEditPipeline.from_pipe(pipe, load_pcm_lora(pipe, XL_ADAPTER))
 
 
 def seeded(seed=0):
@@ -86,6 +85,28 @@ def test_pictures_of_any_size(edit, size):
     picture = scene_picture().resize((size[1], size[0]))
     [painted] = edit.inpaint(picture, half_mask(picture), num_inference_steps=2, generator=seeded()).images
     assert painted.size == picture.size
+    kept = np.asarray(half_mask(picture)) == 0
+    assert np.array_equal(np.asarray(painted)[kept], np.asarray(picture)[kept])
+
+
+def test_soft_masks_blend_in_the_free_region_only(edit):
+    picture = scene_picture()
+    ramp = np.tile(np.clip((np.arange(128) - 48) * 8, 0, 255).astype(np.uint8), (128, 1))  # black to 48, white from 80
+    options = {"prompt": words(3), "num_inference_steps": 2}
+    soft = np.asarray(edit.inpaint(picture, Image.fromarray(ramp), generator=seeded(), **options).images[0]).astype(float)
+    given = np.asarray(picture).astype(float)
+    assert np.array_equal(soft[:, :49], given[:, :49])
+    moved = np.abs(soft - given).mean(axis=(0, 2))
+    assert moved[49:56].mean() < moved[80:].mean()
+
+
+def test_big_pictures_go_through_a_tiled_vae(edit):
+    picture = scene_picture().resize((320, 192))
+    edit.pipe.vae.enable_tiling()
+    try:
+        [painted] = edit.inpaint(picture, half_mask(picture), num_inference_steps=1, generator=seeded()).images
+    finally:
+        edit.pipe.vae.disable_tiling()
     kept = np.asarray(half_mask(picture)) == 0
     assert np.array_equal(np.asarray(painted)[kept], np.asarray(picture)[kept])
 

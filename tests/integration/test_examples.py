@@ -38,6 +38,43 @@ def test_example_scripts(script, arguments, timesteps, tmp_path):
     assert Image.open(out).size == (128, 128)
 
 
+@pytest.fixture(scope="module")
+def photograph(tmp_path_factory):
+    """A file to edit, of no special size, and a mask for it."""
+    folder = tmp_path_factory.mktemp("photograph")
+    picture = Image.linear_gradient("L").resize((130, 118)).convert("RGB")
+    picture.paste((222, 38, 38), (30, 30, 70, 70))
+    picture.save(folder / "photo.png")
+    mask = Image.new("L", picture.size)
+    mask.paste(255, (60, 0, 130, 118))
+    mask.save(folder / "mask.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "size"),
+    [
+        ("inpaint", ["--mask", "{}/mask.png"], (130, 118)),
+        ("outpaint", ["--margins", "0", "10", "22", "0"], (152, 128)),
+        ("colorize", [], (130, 118)),
+        ("super_resolve", ["--factor", "2"], (260, 236)),
+        ("stroke", ["--strength", "0.5"], (130, 118)),
+        ("denoise", ["--noise-level", "25"], (130, 118)),
+        ("vary", ["--count", "2"], (130, 118)),
+        ("interpolate", ["--second", "{}/photo.png", "--count", "2"], (130, 118)),
+        ("rewrite", ["--prompt", "a red star"], (130, 118)),
+    ],
+)
+def test_editing_script(task, options, size, photograph, tmp_path):
+    given = [option.format(photograph) for option in options]
+    out = tmp_path / "edited.png"
+    said = run(["examples/edit.py", task, str(photograph / "photo.png"), *given, "--steps", "2", "--out", str(out)])
+    written = sorted(tmp_path.glob("edited*.png"))
+    assert f"{written[0]}: {size[0]} x {size[1]}" in said
+    assert all(Image.open(path).size == size for path in written)
+    assert len(written) == (2 if task in ("vary", "interpolate") else 1)
+
+
 def test_an_adapter_of_ones_own_can_be_measured():
     table = run(["examples/shapes/measure_adapter.py", "examples/shapes/adapters/pcm_4phase.safetensors", "--images", "8"])
     assert re.search(r"pcm_4phase\.safetensors +4 +1 +\d+\.\d\d", table), table
@@ -64,5 +101,5 @@ def test_every_script_that_the_readme_names_exists_and_takes_its_arguments():
 
 def test_make_targets_named_in_the_readme_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in set(re.findall(r"`?make ([a-z]+)`?", README)):
+    for target in set(re.findall(r"`?make ([a-z_-]+)`?", README)):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target

@@ -450,3 +450,15 @@ def test_free_only_clamps() -> None:
     both = Together(Free(), Free())
     both.check((y, y))
     assert torch.equal(both.project(x, (y, y)), x.clamp(-1, 1))
+
+
+def test_a_blend_shows_so_much_of_the_new_picture() -> None:
+    mask = a_mask()
+    blend = torch.linspace(0, 1, WIDTH).expand(1, 1, HEIGHT, WIDTH)
+    x, y = torch.zeros(1, 3, HEIGHT, WIDTH), torch.full((1, 3, HEIGHT, WIDTH), 0.5)
+    hard, soft = (KeepRegion(mask, blend=b).approach(x, y) for b in (None, blend))
+    free = ~mask.expand_as(x)
+    torch.testing.assert_close(soft[free], torch.lerp(y, hard, blend)[free])
+    assert torch.equal(soft[~free], y[~free])
+    with pytest.raises(ValueError, match="one size"):
+        KeepRegion(mask, blend=blend[..., :8])
