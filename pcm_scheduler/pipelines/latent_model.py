@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn import functional as F
 
 from ..editing import Codec
@@ -186,12 +187,12 @@ class LatentModel:
 
     @contextmanager
     def teacher(self) -> Iterator[None]:
-        """Within it the adapters are off and the UNet is the model's own."""
-        adapters = bool(getattr(self.unet, "peft_config", None))
-        if adapters:
+        """Within it the adapters are off and the UNet is the model's own; afterwards they are as they were."""
+        on = any(isinstance(m, BaseTunerLayer) and not m.disable_adapters for m in self.unet.modules())
+        if on:
             self.unet.disable_adapters()
         try:
             yield
         finally:
-            if adapters:
+            if on:
                 self.unet.enable_adapters()

@@ -184,6 +184,20 @@ def test_an_inverted_picture_comes_back_nearly_as_the_vae_alone_gives_it(edit):
     assert four > 12  # the adapter holds the teacher's guidance, which the inversion leaves out
 
 
+def test_the_adapter_is_after_an_inversion_as_it_was_before(edit):
+    def predicted():
+        with torch.no_grad():
+            return edit.pipe.unet(torch.ones(1, 4, 16, 16), 500, torch.ones(1, 40, 160)).sample
+
+    adapted = predicted()
+    with edit.model.teacher():
+        bare = predicted()
+        edit.invert(scene_picture())
+        assert torch.equal(predicted(), bare)
+    assert torch.equal(predicted(), adapted)
+    assert not torch.equal(adapted, bare)
+
+
 def test_interpolation_ends_at_its_ends_and_variation_stays_near(edit):
     options = {"prompt": "a medium red star in the center", "num_inference_steps": 4, "output_type": "pt"}
     way = edit.interpolate(3, 4, count=4, size=(128, 128), **options).images
