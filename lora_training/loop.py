@@ -178,7 +178,7 @@ class Run:
                 print(f"weights are split between {self.mesh.size()} processes")
             _write_text(self.folder / "config.yaml", yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
         if config.log_with != "none":
-            self.accelerator.init_trackers(self.output.stem)
+            self.accelerator.init_trackers(self.output.stem, init_kwargs={"wandb": {"dir": str(self.folder)}})
         bar = tqdm(
             range(first, config.optimizer.steps), initial=first, total=config.optimizer.steps,
             desc=self.output.stem, disable=not main, mininterval=1.0,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from evaluate import XL_ADAPTER, Judge, Studio, held_out_scenes, noise, prompts_of
 from train_xl import Frame, encoded, framed_scenes, object_share_of_edge, photograph, sample_frame, warm_started
 from write_dataset import write_dataset
 
@@ -115,3 +116,11 @@ def test_the_shipped_model_is_of_sdxls_shape_and_names_no_machine():
         assert str(ROOT) not in path.read_text(encoding="utf-8"), path
     weights = "vae/diffusion_pytorch_model.safetensors"
     assert (XL_MODEL_DIR / weights).read_bytes() == (MODEL_DIR / weights).read_bytes()
+
+
+def test_the_shipped_adapter_draws_in_four_steps_what_is_asked():
+    """Measured on 2,048 pictures 87% are right; of 24 that is 21 +- 1.6."""
+    scenes = held_out_scenes(24)
+    studio = Studio({"XL": XL_ADAPTER}, XL_MODEL_DIR)
+    images = studio.generate(studio.methods["XL"], prompts_of(scenes), noise(24, seed=0), steps=4)
+    assert Judge().alignment(images, scenes)["shape_and_colour"] >= 16 / 24
