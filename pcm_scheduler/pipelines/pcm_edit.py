@@ -158,6 +158,8 @@ class PCMEditPipeline:
         levels = model.levels(points)
         codec = model.codec(size)
         noise = self.noise(count, size, generator) if noise is None else noise.to(device, torch.float32)
+        if len(noise) != count:
+            raise ValueError(f"noise is of {len(noise)} pictures, and {count} are drawn.")
         first = None if start is None else codec.encode(start.to(device)).expand(count, -1, -1, -1)
         sample = noise if first is None or strength == 1 else levels.alphas[0] * first + levels.sigmas[0] * noise
         known = None
@@ -318,7 +320,11 @@ class PCMEditPipeline:
     def _invert(self, pictures: torch.Tensor, prompt: str | Sequence[str]) -> torch.Tensor:
         model, size = self.model, _size(pictures)
         levels = model.levels(range(model.grid.num_solver_steps + 1), ends_at_zero=False)
-        _, (prompts, negatives) = _counts(len(pictures), prompt, "")
+        count, (prompts, negatives) = _counts(len(pictures), prompt, "")
+        if count != len(pictures):
+            raise ValueError(
+                f"{count} prompts do not fit {len(pictures)} pictures to invert: give one for all, or one for each."
+            )
         told = model.prompts(prompts, negatives, 1.0, size)
         denoiser = model.denoiser(levels, told)
         with self._progress(model.grid.num_solver_steps) as bar, model.teacher():

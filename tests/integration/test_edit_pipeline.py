@@ -278,6 +278,10 @@ def test_pictures_and_options_that_cannot_work_are_refused(edit):
         edit.inpaint([scene_picture(), scene_picture().resize((64, 64))], mask)
     with pytest.raises(ValueError, match="do not fit"):
         edit.inpaint([scene_picture()] * 2, mask, prompt=["a", "b", "c"])
+    with pytest.raises(ValueError, match="to invert"):
+        edit.invert(scene_picture(), prompt=["a", "b"])
+    with pytest.raises(ValueError, match="are drawn"):
+        edit.inpaint(scene_picture(), mask, noise=torch.randn(2, 4, 16, 16))
     with pytest.raises(ValueError, match="output_type"):
         edit.inpaint(scene_picture(), mask, output_type="jpeg")
     with pytest.raises(ValueError, match="num_inference_steps"):

@@ -331,7 +331,10 @@ def test_eta_with_phases_is_said_once():
 
 
 def test_import_needs_neither_diffusers_nor_the_network():
-    code = "import sys; sys.modules['diffusers'] = None; import pcm_scheduler; pcm_scheduler.PhaseGrid.even(4); print('fine')"
+    code = (
+        "import sys; sys.modules['diffusers'] = None; import pcm_scheduler; pcm_scheduler.PhaseGrid.even(4); "
+        "import pcm_scheduler.editing, pcm_scheduler.operators, pcm_scheduler.lora_file; print('fine')"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "fine\n"
 
 
