@@ -1,0 +1,102 @@
+"""Phased sampling in ComfyUI's terms: sigmas of the model's own table, and a sampler function.
+
+ComfyUI works with x / alpha, so every level here has alpha 1 and the sigma of its table.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_sampling
+import comfy.samplers
+import torch
+from comfy.k_diffusion import sampling as k_diffusion
+
+from ..pcm_scheduler.phases import PhaseGrid
+from ..pcm_scheduler.sampling import sample_phased
+
+
+def sigma_table(model: Any) -> torch.Tensor:
+    """sigma / alpha at every training timestep, (T,), as patches of the model have left it.
+
+    Args:
+        model: a MODEL.
+
+    Raises:
+        ValueError: a model that phased consistency does not cover; which.
+    """
+    sampling = model.get_model_object("model_sampling")
+    if isinstance(sampling, comfy.model_sampling.CONST) or not hasattr(sampling, "num_timesteps"):
+        raise ValueError("This is a flow-matching model. PCM adapters are for SD1.5, SDXL and AnimateDiff.")
+    if isinstance(sampling, comfy.model_sampling.ModelSamplingDiscreteEDM):
+        raise ValueError("This model samples on EDM's schedule. PCM adapters are for SD1.5, SDXL and AnimateDiff.")
+    if len(sampling.sigmas) != sampling.num_timesteps:
+        raise ValueError(
+            f"This model's schedule was cut to {len(sampling.sigmas)} of {sampling.num_timesteps} timesteps, as "
+            "ModelSamplingDiscrete does when set to lcm. Remove that node: PCM stops lie elsewhere."
+        )
+    return sampling.sigmas
+
+
+def phased_sigmas(model: Any, grid: PhaseGrid, steps: int, denoise: float = 1.0) -> torch.Tensor:
+    """The sigmas of `grid.stops`, (steps + 1,), the last 0; none for a denoise of 0.
+
+    Args:
+        model: a MODEL, whose own table they are taken from.
+        grid: that the adapter was trained on.
+        steps: all of them lie below the part of the schedule that denoise says.
+        denoise: in [0, 1].
+
+    Raises:
+        ValueError: steps or denoise out of range, or a model that is not covered.
+    """
+    table = sigma_table(model)
+    if denoise <= 0:
+        return torch.empty(0)
+    if len(table) != grid.num_train_timesteps:
+        raise ValueError(f"The adapter was trained on {grid.num_train_timesteps} timesteps, this model has {len(table)}.")
+    stops = list(grid.sampling_timesteps(steps, denoise))
+    return torch.cat([table[stops].float().cpu(), torch.zeros(1)])
+
+
+@torch.no_grad()
+def sample_pcm(
+    model: Any,
+    x: torch.Tensor,
+    sigmas: torch.Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Any = None,
+    disable: bool | None = None,
+    eta: float = 0.0,
+) -> torch.Tensor:
+    """k-diffusion's signature over `sample_phased`: any sigmas, those of a split schedule too.
+
+    Args:
+        model: x_0, after guidance, of (x, sigma).
+        x: (N, C, ...).
+        sigmas: descending.
+        extra_args: for the model; its seed draws the noise.
+        callback: for previews.
+        disable: of a progress bar; ComfyUI has its own.
+        eta: in [0, 1].
+    """
+    if len(sigmas) < 2:
+        return x
+    extra_args = extra_args or {}
+    levels = sigmas.tolist()
+    ones = x.new_ones(len(x))
+
+    def denoise(sample: torch.Tensor, i: int) -> torch.Tensor:
+        return model(sample, sigmas[i] * ones, **extra_args)
+
+    def show(i: int, sample: torch.Tensor, x0: torch.Tensor) -> None:
+        if callback is not None:
+            callback({"x": sample, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": x0})
+
+    noise_sampler = k_diffusion.default_noise_sampler(x, seed=extra_args.get("seed")) if eta > 0 else None
+    return sample_phased(denoise, x, [1.0] * len(levels), levels, eta, noise_sampler, show)
+
+
+def pcm_sampler(eta: float) -> comfy.samplers.KSAMPLER:
+    """A SAMPLER."""
+    return comfy.samplers.KSAMPLER(sample_pcm, {"eta": eta})

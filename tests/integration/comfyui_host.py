@@ -1,0 +1,133 @@
+"""Run by `test_comfyui.py` with ComfyUI's own Python, in its own process: our nodes on a tiny random SD1.5. Prints JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+PACK, COMFYUI, LORAS = (Path(argument) for argument in sys.argv[1:4])
+sys.argv = ["main.py", "--cpu"]
+sys.path.insert(0, str(COMFYUI))
+
+import comfy.options
+
+comfy.options.enable_args_parsing()
+import comfy.model_patcher
+import comfy.sample
+import comfy.samplers
+import comfy.supported_models
+import folder_paths
+import torch
+from comfy_extras.nodes_custom_sampler import SplitSigmas
+from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete, ModelSamplingSD3
+
+folder_paths.add_model_folder_path("loras", str(LORAS))
+NAME = "a pack-of.any name"
+spec = importlib.util.spec_from_file_location(
+    NAME.replace(".", "_x_"), PACK / "__init__.py", submodule_search_locations=[str(PACK)]
+)
+pack = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = pack
+spec.loader.exec_module(pack)
+extension = asyncio.run(pack.comfy_entrypoint())
+ours = {node.define_schema().node_id: node for node in asyncio.run(extension.get_node_list())}
+
+CONFIG = {
+    "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": [1, 1],
+    "channel_mult": [1, 2],
+    "transformer_depth": [1, 1], "transformer_depth_middle": 1, "transformer_depth_output": [1, 1, 1, 1], "context_dim": 64,
+    "num_heads": 4, "use_spatial_transformer": True, "legacy": False, "use_checkpoint": False, "adm_in_channels": None,
+    "use_temporal_attention": False, "use_linear_in_transformer": False,
+}  # fmt: skip
+
+
+def tiny_model():
+    torch.manual_seed(0)
+    config = comfy.supported_models.SD15(CONFIG)
+    config.set_inference_dtype(torch.float32, None)
+    model = config.get_model({}, "")
+    for name, p in model.named_parameters():
+        torch.nn.init.normal_(p, std=0.02) if p.ndim > 1 else torch.nn.init.constant_(
+            p, float("norm" in name and "weight" in name)
+        )
+    cpu = torch.device("cpu")
+    return comfy.model_patcher.ModelPatcher(model, cpu, cpu)
+
+
+model = tiny_model()
+positive, negative = ([[torch.randn(1, 77, 64, generator=torch.Generator().manual_seed(i)), {}]] for i in (1, 2))
+empty = {"samples": torch.zeros(2, 4, 8, 8)}
+found = {"nodes": sorted(ours), "by_hand": [], "euler": [], "masked": [], "refused": {}}
+
+
+def by_hand(steps, cfg, sampler, denoise=1.0, latent=empty, seed=7):
+    sigmas = ours["PCMScheduler"].execute(model, steps, denoise)[0]
+    noise = comfy.sample.prepare_noise(latent["samples"], seed)
+    return comfy.sample.sample_custom(
+        model,
+        noise,
+        cfg,
+        sampler,
+        sigmas,
+        positive,
+        negative,
+        latent["samples"],
+        noise_mask=latent.get("noise_mask"),
+        seed=seed,
+    )
+
+
+def in_one(steps, cfg, eta=0.0, denoise=1.0, latent=empty, seed=7):
+    return ours["PCMKSampler"].execute(model, seed, steps, cfg, eta, positive, negative, latent, denoise)[0]["samples"]
+
+
+for steps in (1, 2, 3, 4, 8, 16):
+    for cfg in (1.0, 5.0):
+        for eta in (0.0, 0.5):
+            sampler = ours["PCMSampler"].execute(eta)[0]
+            found["by_hand"].append((in_one(steps, cfg, eta) - by_hand(steps, cfg, sampler)).abs().max().item())
+        euler = by_hand(steps, cfg, comfy.samplers.ksampler("euler"))
+        found["euler"].append(((in_one(steps, cfg) - euler).abs().max() / euler.abs().max()).item())
+
+picture = {
+    "samples": torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3)),
+    "noise_mask": torch.zeros(1, 1, 8, 8),
+}
+picture["noise_mask"][..., 4:] = 1
+drawn = in_one(4, 1.0, latent=picture, denoise=0.7)
+found["masked"] = [(drawn - picture["samples"])[..., part].abs().max().item() for part in (slice(0, 4), slice(4, 8))]
+found["nothing_to_do"] = torch.equal(in_one(4, 1.0, latent=picture, denoise=0.0), picture["samples"])
+
+sigmas = ours["PCMScheduler"].execute(model, 8, 1.0)[0]
+sampler, noise = ours["PCMSampler"].execute(0.0)[0], comfy.sample.prepare_noise(empty["samples"], 7)
+high, low = SplitSigmas().get_sigmas(sigmas, 3)
+args = (positive, negative)
+first = comfy.sample.sample_custom(model, noise, 1.0, sampler, high, *args, empty["samples"], seed=7)
+second = comfy.sample.sample_custom(model, torch.zeros_like(noise), 1.0, sampler, low, *args, first, seed=7)
+whole = comfy.sample.sample_custom(model, noise, 1.0, sampler, sigmas, *args, empty["samples"], seed=7)
+found["split"] = ((second - whole).abs().max() / whole.abs().max()).item()
+
+timestep = model.get_model_object("model_sampling").timestep
+found["timesteps"] = {k: timestep(ours["PCMScheduler"].execute(model, k, 1.0)[0][:-1]).tolist() for k in (1, 2, 3, 4, 8)}
+found["half"] = timestep(ours["PCMScheduler"].execute(model, 4, 0.5)[0][:-1]).tolist()
+
+loaded = ours["PCMLoraLoader"].execute(model, "pcm_4phase.safetensors", 1.0)
+found["settings"] = [loaded[1].num_solver_steps, list(loaded[1].phase_edges), loaded[2], loaded[3], loaded[4]]
+from_settings = ours["PCMScheduler"].execute(model, 4, 1.0, loaded[1])[0]
+found["from_settings"] = torch.equal(from_settings, ours["PCMScheduler"].execute(model, 4, 1.0)[0])
+found["text"] = loaded.ui.as_dict()["text"][0]
+
+for name, patched in (
+    ("lcm", ModelSamplingDiscrete().patch(model, "lcm", False)[0]),
+    ("flow", ModelSamplingSD3().patch(model, 3.0)[0]),
+):
+    try:
+        ours["PCMScheduler"].execute(patched, 4, 1.0)
+    except ValueError as error:
+        found["refused"][name] = str(error)
+zero_snr = ModelSamplingDiscrete().patch(model, "v_prediction", True)[0]
+found["zero_snr_top"] = ours["PCMScheduler"].execute(zero_snr, 4, 1.0)[0][0].item()
+print("FOUND " + json.dumps(found))
