@@ -322,9 +322,7 @@ class PCMEditPipeline:
         levels = model.levels(range(model.grid.num_solver_steps + 1), ends_at_zero=False)
         count, (prompts, negatives) = _counts(len(pictures), prompt, "")
         if count != len(pictures):
-            raise ValueError(
-                f"{count} prompts do not fit {len(pictures)} pictures to invert: give one for all, or one for each."
-            )
+            raise ValueError(f"{count} prompts do not fit {len(pictures)} pictures to invert: give one, or one for each.")
         told = model.prompts(prompts, negatives, 1.0, size)
         denoiser = model.denoiser(levels, told)
         with self._progress(model.grid.num_solver_steps) as bar, model.teacher():
