@@ -17,7 +17,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def run(arguments: list[str], **environment: str) -> str:
-    env = os.environ | {"HF_HUB_OFFLINE": "1"} | environment
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | environment  # tests run side by side
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
