@@ -371,12 +371,12 @@ def report(found: dict[str, list[Figures]], inverted: list[list[str]], images: i
         task: max((row for row in found[task] if row.steps and row.steps <= max(STEPS)), key=lambda row: row.psnr)
         for task in TASKS
     }
-    leaders = "; ".join(f"{task}: {row.method} at {row.steps} steps, {row.psnr:.2f} dB" for task, row in best.items())
+    leaders = "\n".join(f"- {task}: {row.method} at {row.steps} steps, {row.psnr:.2f} dB" for task, row in best.items())
     return f"""# Editing, measured on the shapes model
 
 Written by `benchmarks/editing.py`; no figure is typed by hand. They are of a small model on drawn scenes and say nothing about
 Stable Diffusion. {images} held-out scenes a row, the same measurement, caption and noise for every method; UNet in bfloat16,
-one thread, another such run beside it.
+one thread, on a machine that did other work, so seconds are rough.
 
 - error: of the measurement in the 8-bit file, the worst pixel or block of all pictures, in grey levels. Below half a level is
   rounding.
@@ -387,7 +387,9 @@ one thread, another such run beside it.
   region are put back between steps. "soft proximal": in the manner of LATINO (arXiv 2503.12615), nothing exact. "teacher": no
   adapter, {TEACHER_STEPS} steps, guidance {TEACHER_GUIDANCE:g}.
 
-Nearest to the original of all methods of at most {max(STEPS)} steps: {leaders}.
+Nearest to the original of all methods of at most {max(STEPS)} steps:
+
+{leaders}
 
 What `PCMEditPipeline` does by default (chosen on other scenes, `--search`):
 
@@ -440,10 +442,9 @@ def main() -> None:
         (kept / "inversion.json").write_text(json.dumps(inversion(bench, scenes[:INVERTED])), encoding="utf-8")
     files = {task: kept / f"{task}-{args.images}.json" for task in TASKS} | {"inversion": kept / "inversion.json"}
     if not args.search and all(path.is_file() for path in files.values()):
-        tables = {
-            task: [Figures(**row) for row in json.loads(path.read_text(encoding="utf-8"))] for task, path in files.items()
-        }
-        (DOCS / "editing.md").write_text(report(tables, args.images), encoding="utf-8")
+        kept_rows = {task: json.loads(path.read_text(encoding="utf-8")) for task, path in files.items()}
+        tables = {task: [Figures(**row) for row in kept_rows[task]] for task in TASKS}
+        (DOCS / "editing.md").write_text(report(tables, kept_rows["inversion"], args.images), encoding="utf-8")
 
 
 if __name__ == "__main__":
