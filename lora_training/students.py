@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 
-from pcm_scheduler.lora_file import AdapterSettings, read_adapter, write_adapter
+from pcm_scheduler.lora_file import AdapterSettings, differing_shapes, read_adapter, write_adapter
 from pcm_scheduler.unet_file import write_unet
 
 from .backbones import Backbone
@@ -174,14 +174,13 @@ class Adapter(Student):
         Raises:
             ValueError: tensors that the adapter has not, or has in another shape; which ones.
         """
-        ours = {name: tensor.shape for name, tensor in self.state().items()}
-        theirs = {name: tensor.shape for name, tensor in tensors.items()}
-        different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+        state = self.state()
+        different = differing_shapes(state, tensors)
         if different:
-            name = different[0]
+            name, (ours, theirs) = next(iter(different.items()))
             raise ValueError(
-                f"{len(different)} of the adapter's {len(ours)} tensors do not fit, such as {name}: "
-                f"the file has {theirs.get(name, 'none')}, this run {ours.get(name, 'none')}. "
+                f"{len(different)} of the adapter's {len(state)} tensors do not fit, such as {name}: "
+                f"the file has {theirs or 'none'}, this run {ours or 'none'}. "
                 "Set lora.rank and lora.targets to the file's."
             )
         set_peft_model_state_dict(self.unet, tensors, adapter_name=STUDENT)

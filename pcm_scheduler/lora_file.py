@@ -204,6 +204,15 @@ def write_safetensors(
     os.replace(temporary, path)
 
 
+def differing_shapes(
+    ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]
+) -> dict[str, tuple[torch.Size | None, torch.Size | None]]:
+    """The shapes, ours and theirs, of every name whose shapes differ or that one of the two has not; sorted by name."""
+    shapes = [{name: tensor.shape for name, tensor in tensors.items()} for tensors in (ours, theirs)]
+    pairs = {name: (shapes[0].get(name), shapes[1].get(name)) for name in sorted(ours.keys() | theirs.keys())}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
 def kohya_state_dict(peft_state_dict: Mapping[str, torch.Tensor], alphas: Mapping[str, float]) -> dict[str, torch.Tensor]:
     """Rename PEFT's LoRA tensors (`<module>.lora_A.weight`, `<module>.lora_B.weight`) to kohya's, alpha included.
 

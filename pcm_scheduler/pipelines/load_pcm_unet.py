@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..lora_file import AdapterSettings, read_settings, read_tensors
+from ..lora_file import AdapterSettings, differing_shapes, read_settings, read_tensors
 from .fitting import fitting_scheduler, local_file
 
 
@@ -30,14 +30,12 @@ def load_pcm_unet(pipe: Any, unet: str | Path, weight_name: str | None = None) -
         raise ValueError(f"{path} does not say how it was trained (no pcm.* header): it is no UNet that this project wrote.")
     scheduler = fitting_scheduler(pipe, settings, path.name)
     tensors, _ = read_tensors(path)
-    theirs = {name: tensor.shape for name, tensor in tensors.items()}
-    ours = {name: tensor.shape for name, tensor in pipe.unet.state_dict().items()}
-    different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    different = differing_shapes(pipe.unet.state_dict(), tensors)
     if different:
-        name = different[0]
+        name, (ours, theirs) = next(iter(different.items()))
         raise ValueError(
             f"{path} is not of this pipeline's UNet: {len(different)} tensors differ, such as {name}: the file has "
-            f"{tuple(theirs.get(name, ())) or 'none'}, the pipeline {tuple(ours.get(name, ())) or 'none'}. "
+            f"{tuple(theirs or ()) or 'none'}, the pipeline {tuple(ours or ()) or 'none'}. "
             "A file of an adapter is for load_pcm_lora; adapters that are loaded must be unloaded first."
         )
     pipe.unet.load_state_dict(tensors)

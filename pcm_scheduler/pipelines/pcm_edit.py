@@ -160,12 +160,14 @@ class PCMEditPipeline:
         noise = self.noise(count, size, generator) if noise is None else noise.to(device, torch.float32)
         if len(noise) != count:
             raise ValueError(f"noise is of {len(noise)} pictures, and {count} are drawn.")
-        first = None if start is None else codec.encode(start.to(device)).expand(count, -1, -1, -1)
-        sample = noise if first is None or strength == 1 else levels.alphas[0] * first + levels.sigmas[0] * noise
-        known = None
-        if strategy.known and isinstance(operator, KeepRegion) and first is not None:
-            kept = latent_mask(operator.mask.to(device), model.latent_size(size))
-            known = Known(first, noise, kept)
+        sample, known = noise, None
+        if start is not None and (strength < 1 or strategy.known):
+            first = codec.encode(start.to(device)).expand(count, -1, -1, -1)
+            if strength < 1:
+                sample = levels.alphas[0] * first + levels.sigmas[0] * noise
+            if strategy.known and isinstance(operator, KeepRegion):
+                kept = latent_mask(operator.mask.to(device), model.latent_size(size))
+                known = Known(first, noise, kept)
         projected = {
             "all": [True] * steps,
             "last phase": last_phase_steps(model.grid, points),
@@ -333,7 +335,7 @@ class PCMEditPipeline:
 
             return invert(counted, model.codec(size).encode(pictures), levels.alphas, levels.sigmas)
 
-    def sample(self, noise: torch.Tensor, size: tuple[int, int], strength: float = 1.0, **options: Any) -> PCMEditOutput:
+    def sample(self, noise: torch.Tensor, size: tuple[int, int], **options: Any) -> PCMEditOutput:
         """Draw from given noise, measuring nothing; the options of `__call__`."""
         operator = Free()
         nothing = noise.new_zeros(len(noise), 0)
