@@ -32,9 +32,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "shapes"))
 from evaluate import Judge, Studio, held_out_scenes, model_fingerprint, noise, prompts_of
 
 from pcm_scheduler import PCMScheduler
+from pcm_scheduler.edit_tasks import STRATEGIES, Strategy
 from pcm_scheduler.editing import measured
 from pcm_scheduler.operators import BlockMean, Everything, KeepRegion, Luminance, Operator
-from pcm_scheduler.pipelines.pcm_edit import STRATEGIES, PCMEditPipeline, Strategy
+from pcm_scheduler.pipelines.pcm_edit import PCMEditPipeline
 from pcm_scheduler.sampling import jump
 
 from model import RUNS_DIR

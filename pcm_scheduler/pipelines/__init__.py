@@ -2,6 +2,6 @@
 
 from .load_pcm_lora import load_pcm_lora
 from .load_pcm_unet import load_pcm_unet
-from .pcm_edit import PCMEditOutput, PCMEditPipeline, Strategy
+from .pcm_edit import PCMEditOutput, PCMEditPipeline
 
-__all__ = ["PCMEditOutput", "PCMEditPipeline", "Strategy", "load_pcm_lora", "load_pcm_unet"]
+__all__ = ["PCMEditOutput", "PCMEditPipeline", "load_pcm_lora", "load_pcm_unet"]

@@ -10,11 +10,24 @@ from typing import Any
 import torch
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
-from torch.nn import functional as F
 
-from ..editing import Known, estimate_noise, invert, last_phase_steps, latent_mask, nearby_noise, sample_edit, slerp
+from ..edit_tasks import (
+    EVERY_STEP,
+    STRATEGIES,
+    Edit,
+    Strategy,
+    colorization,
+    denoising,
+    draw,
+    inpainting,
+    outpainting,
+    size_of,
+    stroke_guided,
+    super_resolution,
+)
+from ..editing import invert, nearby_noise, slerp
 from ..lora_file import AdapterSettings
-from ..operators import BlockMean, Downsample, Everything, Free, KeepRegion, Luminance, Operator
+from ..operators import Free, Operator
 from .latent_model import LatentModel
 from .pictures import Pictures, check_output_type, from_pictures, to_mask, to_pictures
 
@@ -34,37 +47,6 @@ class PCMEditOutput(BaseOutput):
 
     images: Any
     residual: list[float]
-
-
-@dataclass(frozen=True)
-class Strategy:
-    """Where in sampling a measurement acts.
-
-    Attributes:
-        projected: which steps send x_0 through pixels and the projection: `all`, those of the `last phase`, or only the
-            `end`.
-        known: put known latents back between steps, where the measurement keeps a region.
-        strength: how far up the schedule sampling starts from the measured picture; 1 is pure noise.
-        eta: how much of the noise is drawn anew between steps; None: as the adapter recommends.
-    """
-
-    projected: str = "all"
-    known: bool = False
-    strength: float = 1.0
-    eta: float | None = None
-
-
-BLACK = 0.02  # of a mask: five grey levels, which JPEG makes of black
-PROJECTED = ("all", "last phase", "end")
-
-# Measured on the shapes model: docs/editing.md has the figures and `benchmarks/editing.py` writes them.
-STRATEGIES = {
-    "inpaint": Strategy("all", strength=0.8, eta=1.0),
-    "colorize": Strategy("all", strength=0.6, eta=1.0),
-    "super_resolve": Strategy("all", strength=0.6, eta=1.0),
-    "stroke": Strategy("end", strength=0.6),
-    "denoise": Strategy("end"),  # its strength is that of the noise
-}
 
 
 class PCMEditPipeline:
@@ -107,7 +89,7 @@ class PCMEditPipeline:
         measurement: Any,
         size: tuple[int, int],
         start: torch.Tensor | None = None,
-        strategy: Strategy = Strategy(),
+        strategy: Strategy = EVERY_STEP,
         measurement_noise: float = 0.0,
         prompt: str | Sequence[str] = "",
         negative_prompt: str | Sequence[str] = "",
@@ -141,8 +123,6 @@ class PCMEditPipeline:
             ValueError: a measurement that no picture has, counts that do not fit, steps or strength out of range.
         """
         check_output_type(output_type)
-        if strategy.projected not in PROJECTED:
-            raise ValueError(f"Strategy.projected is one of {', '.join(PROJECTED)}; got {strategy.projected!r}.")
         steps = self.num_inference_steps if num_inference_steps is None else num_inference_steps
         guidance = self.guidance_scale if guidance_scale is None else guidance_scale
         eta = next(e for e in (eta, strategy.eta, self.eta) if e is not None)
@@ -153,26 +133,12 @@ class PCMEditPipeline:
         measurement = _map(measurement, lambda y: y.to(device).expand(count, *y.shape[1:]))
         if not measurement_noise:
             operator.check(measurement)
-        strength = strategy.strength if start is not None else 1.0
-        points = model.grid.stops(steps, strength)
+        edit = Edit(operator, measurement, size, None if start is None else start.to(device), strategy, measurement_noise)
+        points = model.grid.stops(steps, edit.strength)
         levels = model.levels(points)
-        codec = model.codec(size)
         noise = self.noise(count, size, generator) if noise is None else noise.to(device, torch.float32)
         if len(noise) != count:
             raise ValueError(f"noise is of {len(noise)} pictures, and {count} are drawn.")
-        sample, known = noise, None
-        if start is not None and (strength < 1 or strategy.known):
-            first = codec.encode(start.to(device)).expand(count, -1, -1, -1)
-            if strength < 1:
-                sample = levels.alphas[0] * first + levels.sigmas[0] * noise
-            if strategy.known and isinstance(operator, KeepRegion):
-                kept = latent_mask(operator.mask.to(device), model.latent_size(size))
-                known = Known(first, noise, kept)
-        projected = {
-            "all": [True] * steps,
-            "last phase": last_phase_steps(model.grid, points),
-            "end": [False] * steps,
-        }[strategy.projected]
         told = model.prompts(prompts, negatives, guidance, size)
         with self._progress(steps) as bar:
 
@@ -184,20 +150,13 @@ class PCMEditPipeline:
                 returned = callback_on_step_end(self, i, levels.timesteps[i], state)
                 return (returned or {}).get("latents")
 
-            pictures = sample_edit(
-                model.denoiser(levels, told),
-                operator,
-                measurement,
-                sample,
-                levels.alphas,
-                levels.sigmas,
-                codec,
-                projected,
-                known,
-                eta,
-                lambda *_: randn_tensor(sample.shape, generator=generator, device=device, dtype=torch.float32),
-                measurement_noise,
-                callback=step_end,
+            def fresh(*_: float) -> torch.Tensor:
+                return randn_tensor(noise.shape, generator=generator, device=device, dtype=torch.float32)
+
+            codec = model.codec(size)
+            denoiser = model.denoiser(levels, told)
+            pictures = draw(
+                edit, denoiser, codec, model.grid, points, levels.alphas, levels.sigmas, noise, eta, fresh, step_end
             )
             bar.update()
         self.pipe.maybe_free_model_hooks()
@@ -214,24 +173,15 @@ class PCMEditPipeline:
             mask_image: of the same size; white is drawn anew, black is kept, grey shows so much of the new.
             **options: of `__call__`.
         """
-        pictures = to_pictures(image).to(self.model.device)
-        mask = to_mask(mask_image, _size(pictures)).to(self.model.device)
-        operator = KeepRegion(mask < BLACK, blend=mask)
-        return self._edit("inpaint", operator, pictures, _filled(pictures, mask < 0.5), options)
+        pictures = self._pictures(image)
+        mask = to_mask(mask_image, size_of(pictures)).to(self.model.device)
+        return self._edit(inpainting(pictures, mask), options)
 
     def outpaint(
         self, image: Pictures, left: int = 0, top: int = 0, right: int = 0, bottom: int = 0, **options: Any
     ) -> PCMEditOutput:
         """Continue the picture past its edges, by so many pixels; the picture itself is kept, pixel for pixel."""
-        margins = {"left": left, "top": top, "right": right, "bottom": bottom}
-        if min(margins.values()) < 0 or not any(margins.values()):
-            raise ValueError(f"Margins are 0 or more pixels, at least one of them more; got {margins}.")
-        pictures = to_pictures(image).to(self.model.device)
-        frame = (left, right, top, bottom)
-        kept = F.pad(torch.ones_like(pictures[:1, :1]), frame) > 0
-        operator = KeepRegion(kept)
-        wide = F.pad(pictures, frame)
-        return self._edit("inpaint", operator, operator.measure(wide), _filled(wide, operator.mask), options)
+        return self._edit(outpainting(self._pictures(image), left, top, right, bottom), options)
 
     def colorize(self, image: Pictures, mask_image: Pictures | None = None, **options: Any) -> PCMEditOutput:
         """Colour a greyscale picture; its luminance (0.299 R + 0.587 G + 0.114 B) is kept.
@@ -241,11 +191,9 @@ class PCMEditPipeline:
             mask_image: white is drawn anew altogether, colour and luminance.
             **options: of `__call__`.
         """
-        pictures = to_pictures(image).to(self.model.device)
-        kept = None if mask_image is None else to_mask(mask_image, _size(pictures)).to(self.model.device) < 0.5
-        operator = Luminance(kept)
-        y = operator.measure(pictures)
-        return self._edit("colorize", operator, y, y.expand(-1, 3, -1, -1), options)
+        pictures = self._pictures(image)
+        mask = None if mask_image is None else to_mask(mask_image, size_of(pictures)).to(self.model.device)
+        return self._edit(colorization(pictures, mask), options)
 
     def super_resolve(self, image: Pictures, factor: int = 4, kernel: str = "mean", **options: Any) -> PCMEditOutput:
         """Enlarge a picture; shrunk again, the result is the picture.
@@ -256,15 +204,7 @@ class PCMEditPipeline:
             kernel: how they were made small: `mean` of factor x factor pixels, or `antialias`, a wider kernel.
             **options: of `__call__`.
         """
-        if factor < 2 or int(factor) != factor:
-            raise ValueError(f"factor is a whole number from 2; got {factor}.")
-        small = to_pictures(image).to(self.model.device)
-        size = (small.shape[-2] * factor, small.shape[-1] * factor)
-        if kernel not in ("mean", "antialias"):
-            raise ValueError(f"kernel is mean or antialias; got {kernel!r}.")
-        operator = BlockMean(factor) if kernel == "mean" else Downsample(size, _size(small))
-        start = F.interpolate(small, size, mode="bicubic", antialias=False).clamp(-1, 1)
-        return self._edit("super_resolve", operator, small, operator.project(start, small), options)
+        return self._edit(super_resolution(self._pictures(image), factor, kernel), options)
 
     def stroke(self, image: Pictures, strength: float | None = None, **options: Any) -> PCMEditOutput:
         """From a sketch of coloured strokes, or a photograph, to a picture (SDEdit, arXiv 2108.01073).
@@ -274,11 +214,9 @@ class PCMEditPipeline:
             strength: in (0, 1]: little keeps the sketch, much follows the prompt.
             **options: of `__call__`.
         """
-        pictures = to_pictures(image).to(self.model.device)
         if strength is not None:
-            options["strategy"] = Strategy("end", strength=strength)
-        operator = Free()
-        return self._edit("stroke", operator, operator.measure(pictures), pictures, options)
+            options["strategy"] = replace(STRATEGIES["stroke"], strength=strength)
+        return self._edit(stroke_guided(self._pictures(image)), options)
 
     def denoise(self, image: Pictures, noise_level: float | None = None, **options: Any) -> PCMEditOutput:
         """Take white noise out of a picture: sampling starts from it, at the noise's own level.
@@ -290,22 +228,12 @@ class PCMEditPipeline:
             noise_level: standard deviation in grey levels of 0 to 255; None: estimated from the picture.
             **options: of `__call__`.
         """
-        pictures = to_pictures(image).to(self.model.device)
-        sigma = estimate_noise(pictures).mean().item() if noise_level is None else noise_level / 127.5
-        if not 0 < sigma <= 2:
-            raise ValueError(
-                f"noise_level is above 0 and at most 255 grey levels; got {sigma * 127.5:g}"
-                f"{' by estimation: there is no noise to take out' if noise_level is None else ''}."
-            )
         grid = self.model.grid
         levels = self.model.levels(range(1, grid.num_solver_steps + 1), ends_at_zero=False)
-        point = 1 + sum(s / a < sigma for a, s in zip(levels.alphas, levels.sigmas, strict=True))
-        if point > grid.num_solver_steps:
-            raise ValueError(f"A noise_level of {sigma * 127.5:g} grey levels is above the schedule's highest.")
+        ratios = [s / a for a, s in zip(levels.alphas, levels.sigmas, strict=True)]
+        edit = denoising(self._pictures(image), noise_level, grid, ratios)
         steps = options.pop("num_inference_steps", None) or self.num_inference_steps
-        strategy = replace(STRATEGIES["denoise"], strength=point / grid.num_solver_steps)
-        given = {"measurement_noise": sigma, "num_inference_steps": min(steps, point), "strategy": strategy}
-        return self._edit("denoise", Everything(), pictures, pictures, given | options)
+        return self._edit(edit, {"num_inference_steps": min(steps, grid.start_point(edit.strength))} | options)
 
     # ------------------------------------------------------------------------------------------ through the noise
 
@@ -316,11 +244,11 @@ class PCMEditPipeline:
             image: the pictures.
             prompt: what is in them; empty: nothing said.
         """
-        pictures = to_pictures(image).to(self.model.device)
+        pictures = self._pictures(image)
         return self._invert(pictures, prompt)
 
     def _invert(self, pictures: torch.Tensor, prompt: str | Sequence[str]) -> torch.Tensor:
-        model, size = self.model, _size(pictures)
+        model, size = self.model, size_of(pictures)
         levels = model.levels(range(model.grid.num_solver_steps + 1), ends_at_zero=False)
         count, (prompts, negatives) = _counts(len(pictures), prompt, "")
         if count != len(pictures):
@@ -352,8 +280,8 @@ class PCMEditPipeline:
             source_prompt: of what is there now.
             **options: of `__call__`.
         """
-        pictures = to_pictures(image).to(self.model.device)
-        return self.sample(self._invert(pictures, source_prompt), _size(pictures), prompt=prompt, **options)
+        pictures = self._pictures(image)
+        return self.sample(self._invert(pictures, source_prompt), size_of(pictures), prompt=prompt, **options)
 
     def interpolate(
         self, first: Pictures | int, second: Pictures | int, count: int = 5, size: tuple[int, int] | None = None, **options: Any
@@ -376,8 +304,8 @@ class PCMEditPipeline:
                     raise ValueError("Between seeds, say the size: (height, width).")
                 ends.append(self.noise(1, size, torch.Generator("cpu").manual_seed(end)))
             else:
-                pictures = to_pictures(end).to(self.model.device)
-                size = _size(pictures)
+                pictures = self._pictures(end)
+                size = size_of(pictures)
                 ends.append(self._invert(pictures, prompt))
         assert size is not None
         noise = torch.cat([slerp(ends[0], ends[1], i / (count - 1)) for i in range(count)])
@@ -394,10 +322,10 @@ class PCMEditPipeline:
         """
         if not 0 <= amount <= 1:
             raise ValueError(f"amount is in [0, 1]; got {amount}.")
-        pictures = to_pictures(image).to(self.model.device)
+        pictures = self._pictures(image)
         noise = self._invert(pictures, options.get("prompt", "")).repeat(count, 1, 1, 1)
-        fresh = self.noise(len(noise), _size(pictures), options.get("generator"))
-        return self.sample(nearby_noise(noise, fresh, amount), _size(pictures), **options)
+        fresh = self.noise(len(noise), size_of(pictures), options.get("generator"))
+        return self.sample(nearby_noise(noise, fresh, amount), size_of(pictures), **options)
 
     # ------------------------------------------------------------------------------------------ parts
 
@@ -406,26 +334,18 @@ class PCMEditPipeline:
         shape = (count, self.model.vae.config.latent_channels, *self.model.latent_size(size))
         return randn_tensor(shape, generator=generator, device=self.model.device, dtype=torch.float32)
 
-    def _edit(
-        self, task: str, operator: Operator, measurement: Any, start: torch.Tensor, options: dict[str, Any]
-    ) -> PCMEditOutput:
-        return self(operator, measurement, _size(start), start=start, **({"strategy": STRATEGIES[task]} | options))
+    def _pictures(self, image: Pictures) -> torch.Tensor:
+        return to_pictures(image).to(self.model.device)
+
+    def _edit(self, edit: Edit, options: dict[str, Any]) -> PCMEditOutput:
+        given = {"start": edit.start, "strategy": edit.strategy, "measurement_noise": edit.measurement_noise}
+        return self(edit.operator, edit.measurement, edit.size, **(given | options))
 
     @contextmanager
     def _progress(self, total: int) -> Iterator[Any]:
         """The pipeline's own bar, with what its user has configured."""
         with self.pipe.progress_bar(total=total) as bar:
             yield bar
-
-
-def _size(pictures: torch.Tensor) -> tuple[int, int]:
-    return pictures.shape[-2], pictures.shape[-1]
-
-
-def _filled(pictures: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """The pictures with the mean of their kept pixels elsewhere: a start that leans to no side."""
-    mean = (pictures * kept).sum(dim=(2, 3), keepdim=True) / kept.sum(dim=(2, 3), keepdim=True).clamp(min=1)
-    return torch.where(kept, pictures, mean)
 
 
 def _first(measurement: Any) -> torch.Tensor:
