@@ -17,7 +17,7 @@ Pictures = Image.Image | np.ndarray | torch.Tensor | Sequence[Any]
 
 def _array_to_tensor(array: np.ndarray) -> torch.Tensor:
     """(H, W), (H, W, C) or (N, H, W, C) to (N, C, H, W), same numbers."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))  # PIL lends its memory for reading only
     if tensor.ndim == 2:
         tensor = tensor[..., None]
     if tensor.ndim == 3:
