@@ -5,10 +5,14 @@ ComfyUI works with x / alpha, so every level here has alpha 1 and the sigma of i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import comfy.model_sampling
+import comfy.sample
 import comfy.samplers
+import comfy.utils
+import latent_preview
 import torch
 from comfy.k_diffusion import sampling as k_diffusion
 
@@ -38,6 +42,18 @@ def sigma_table(model: Any) -> torch.Tensor:
     return sampling.sigmas
 
 
+def sigmas_at(model: Any, grid: PhaseGrid, timesteps: Sequence[int]) -> torch.Tensor:
+    """The sigmas of a model's own table at timesteps of the grid, (len(timesteps),) float32.
+
+    Raises:
+        ValueError: a model that is not covered, or of another number of timesteps.
+    """
+    table = sigma_table(model)
+    if len(table) != grid.num_train_timesteps:
+        raise ValueError(f"The adapter was trained on {grid.num_train_timesteps} timesteps, this model has {len(table)}.")
+    return table[list(timesteps)].float().cpu()
+
+
 def phased_sigmas(model: Any, grid: PhaseGrid, steps: int, denoise: float = 1.0) -> torch.Tensor:
     """The sigmas of `grid.stops`, (steps + 1,), the last 0; none for a denoise of 0.
 
@@ -50,13 +66,9 @@ def phased_sigmas(model: Any, grid: PhaseGrid, steps: int, denoise: float = 1.0)
     Raises:
         ValueError: steps or denoise out of range, or a model that is not covered.
     """
-    table = sigma_table(model)
-    if denoise <= 0:
-        return torch.empty(0)
-    if len(table) != grid.num_train_timesteps:
-        raise ValueError(f"The adapter was trained on {grid.num_train_timesteps} timesteps, this model has {len(table)}.")
-    stops = list(grid.sampling_timesteps(steps, denoise))
-    return torch.cat([table[stops].float().cpu(), torch.zeros(1)])
+    stops = grid.sampling_timesteps(steps, denoise) if denoise > 0 else ()
+    sigmas = sigmas_at(model, grid, stops)
+    return torch.cat([sigmas, torch.zeros(1)]) if stops else sigmas
 
 
 @torch.no_grad()
@@ -100,3 +112,34 @@ def sample_pcm(
 def pcm_sampler(eta: float) -> comfy.samplers.KSAMPLER:
     """A SAMPLER."""
     return comfy.samplers.KSAMPLER(sample_pcm, {"eta": eta})
+
+
+def sample_latent(
+    model: Any,
+    seed: int,
+    cfg: float,
+    sampler: comfy.samplers.Sampler,
+    sigmas: torch.Tensor,
+    positive: Any,
+    negative: Any,
+    latent: dict[str, Any],
+) -> dict[str, Any]:
+    """A LATENT sampled as ComfyUI's own samplers do it, with its mask, previews and progress; what else it holds stays."""
+    samples: torch.Tensor = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+    if len(sigmas) == 0:
+        return latent | {"samples": samples}
+    drawn = comfy.sample.sample_custom(
+        model,
+        comfy.sample.prepare_noise(samples, seed, latent.get("batch_index")),
+        cfg,
+        sampler,
+        sigmas,
+        positive,
+        negative,
+        samples,
+        noise_mask=latent.get("noise_mask"),
+        callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
+    return latent | {"samples": drawn}

@@ -223,6 +223,11 @@ def denoising(pictures: torch.Tensor, noise_level: float | None, grid: PhaseGrid
     return Edit(Everything(), pictures, size_of(pictures), pictures, strategy, measurement_noise=sigma)
 
 
+def free(count: int, size: tuple[int, int]) -> Edit:
+    """Pictures of which nothing is known."""
+    return Edit(Free(), torch.zeros(count, 0), size)
+
+
 def size_of(pictures: torch.Tensor) -> tuple[int, int]:
     """(height, width)."""
     return pictures.shape[-2], pictures.shape[-1]

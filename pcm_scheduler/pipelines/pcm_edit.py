@@ -19,6 +19,7 @@ from ..edit_tasks import (
     colorization,
     denoising,
     draw,
+    free,
     inpainting,
     outpainting,
     size_of,
@@ -27,7 +28,7 @@ from ..edit_tasks import (
 )
 from ..editing import invert, nearby_noise, slerp
 from ..lora_file import AdapterSettings
-from ..operators import Free, Operator
+from ..operators import Operator
 from .latent_model import LatentModel
 from .pictures import Pictures, check_output_type, from_pictures, to_mask, to_pictures
 
@@ -265,9 +266,7 @@ class PCMEditPipeline:
 
     def sample(self, noise: torch.Tensor, size: tuple[int, int], **options: Any) -> PCMEditOutput:
         """Draw from given noise, measuring nothing; the options of `__call__`."""
-        operator = Free()
-        nothing = noise.new_zeros(len(noise), 0)
-        return self(operator, nothing, size, noise=noise, **options)
+        return self._edit(free(len(noise), size), {"noise": noise} | options)
 
     def rewrite(
         self, image: Pictures, prompt: str | Sequence[str], source_prompt: str | Sequence[str] = "", **options: Any

@@ -1,0 +1,61 @@
+"""What a node says of a combination that works but will disappoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ..pcm_scheduler.lora_file import AdapterSettings
+
+_TEXTS = ("text", "text_g", "text_l", "prompt", "string", "value")
+
+
+def _texts(prompt: dict[str, Any], link: Any, seen: set[str]) -> Iterator[str]:
+    """Texts that a graph's conditioning is made of, followed back from a link [node id, output]."""
+    node_id, output = str(link[0]), link[1]
+    if node_id in seen or node_id not in prompt:
+        return
+    seen.add(node_id)
+    inputs = prompt[node_id]["inputs"]
+    if {"positive", "negative"} <= inputs.keys():  # such as ControlNet's, which pass both on in this order
+        inputs = {"conditioning": inputs["negative" if output == 1 else "positive"]}
+    for name, value in inputs.items():
+        if isinstance(value, str) and name in _TEXTS:
+            yield value
+        elif isinstance(value, list) and (name in _TEXTS or name.startswith("conditioning")):
+            yield from _texts(prompt, value, seen)
+
+
+def negative_prompt(prompt: dict[str, Any] | None, node_id: str | None) -> str:
+    """The text behind the `negative` input of a node; empty if there is none or it cannot be followed.
+
+    Args:
+        prompt: the graph as the server has it.
+        node_id: of the node.
+    """
+    link = (prompt or {}).get(str(node_id), {}).get("inputs", {}).get("negative")
+    return " ".join(_texts(prompt, link, set())).strip() if prompt and isinstance(link, list) else ""
+
+
+def advice(
+    cfg: float, eta: float, settings: AdapterSettings | None, num_phases: int, negative: str, editing: bool = False
+) -> list[str]:
+    """Sentences, each on one combination.
+
+    Args:
+        cfg, eta: of the node.
+        settings: of the adapter, if it is known.
+        num_phases: of the grid.
+        negative: text of the negative prompt.
+        editing: new noise is then wanted, whatever the adapter.
+    """
+    said = []
+    if cfg <= 1 and negative:
+        said.append(f"cfg is {cfg:g}, so the negative prompt has no effect: {negative[:60]!r}. Above 1 it has.")
+    if settings is not None and settings.guidance_scale <= 1 and cfg > 2.5:
+        said.append(f"cfg is {cfg:g}. This adapter has guidance in it and recommends {settings.guidance_scale:g}; try 1 to 2.")
+    if not editing and settings is not None and settings.eta == 1 and eta == 0:
+        said.append("This adapter is in LCM's style and recommends eta 1; eta is 0, so results will be soft.")
+    if not editing and eta > 0 and num_phases > 1 and (settings is None or settings.eta == 0):
+        said.append(f"eta is {eta:g}: new noise needs x0 from across phases, for which {num_phases} phases were not trained.")
+    return said

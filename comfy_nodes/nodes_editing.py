@@ -1,0 +1,293 @@
+"""Editing: an IMAGE, what must stay true of it, and a prompt; a few steps later an IMAGE in which it is true."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from comfy_api.latest import io, ui
+
+from ..pcm_scheduler.edit_tasks import (
+    KERNELS,
+    STRATEGIES,
+    Edit,
+    colorization,
+    denoising,
+    free,
+    inpainting,
+    outpainting,
+    size_of,
+    stroke_guided,
+    super_resolution,
+)
+from ..pcm_scheduler.editing import slerp
+from .advice import advice, negative_prompt
+from .editing import Host, to_mask, to_pictures
+from .inputs import (
+    CATEGORY,
+    PhaseNode,
+    cfg_input,
+    chosen_grid,
+    eta_input,
+    model_input,
+    phase_inputs,
+    prompt_inputs,
+    seed_input,
+    steps_input,
+)
+from .sampling import sigmas_at
+
+_ETA = "How much of the noise is drawn anew between steps. What measured best is the default."
+_STRENGTH = (
+    "Where sampling starts: 1 is pure noise, less keeps more of the picture it starts from. What measured best is the default."
+)
+
+
+def strength_input(task: str, tooltip: str = _STRENGTH) -> Any:
+    default = STRATEGIES[task].strength
+    return io.Float.Input("strength", default=default, min=0.02, max=1.0, step=0.01, tooltip=tooltip)
+
+
+class EditNode(PhaseNode):
+    """What the editing nodes share: the inputs around a task's own, and the run."""
+
+    @classmethod
+    def schema(cls, node_id: str, display_name: str, description: str, task: str, own: list[Any], strength: bool = True) -> Any:
+        """The schema of a node.
+
+        Args:
+            node_id, display_name, description: of the node.
+            task: whose strategy gives the defaults.
+            own: inputs of the task.
+            strength: whether where sampling starts is for the user to say.
+        """
+        return io.Schema(
+            node_id=node_id,
+            display_name=display_name,
+            category=f"{CATEGORY}/editing",
+            description=description,
+            inputs=[
+                model_input(),
+                io.Vae.Input("vae", tooltip="The model's VAE."),
+                *prompt_inputs(),
+                *own,
+                seed_input("Of all noise."),
+                steps_input(),
+                cfg_input(),
+                *([strength_input(task)] if strength else []),
+                eta_input(STRATEGIES[task].eta or 0.0, _ETA),
+                *phase_inputs(),
+            ],
+            outputs=[io.Image.Output("edited", display_name="image", tooltip="The result, exact in the saved file.")],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def edit(
+        cls,
+        task: Edit,
+        model: Any,
+        vae: Any,
+        positive: Any,
+        negative: Any,
+        seed: int,
+        steps: int,
+        cfg: float,
+        eta: float,
+        strength: float | None = None,
+        settings: Any = None,
+        num_phases: int = 4,
+        num_solver_steps: int = 50,
+        noise: torch.Tensor | None = None,
+    ) -> io.NodeOutput:
+        """Make an edit, and say on the node how exact it is and what is odd about its inputs."""
+        grid = chosen_grid(settings, num_phases, num_solver_steps)
+        if strength is not None:
+            task = replace(task, strategy=replace(task.strategy, strength=strength))
+        image, error = Host(model, vae, positive, negative, cfg, seed).draw(task, grid, steps, eta, noise)
+        told = negative_prompt(cls.hidden.prompt, cls.hidden.unique_id) if cls.hidden else ""
+        said = advice(cfg, eta, settings, grid.num_phases, told, editing=True)
+        if task.measurement.numel() and not task.measurement_noise:
+            said.insert(0, f"off by at most {error:.2f} of 255 grey levels from what was to stay")
+        return io.NodeOutput(image, ui=ui.PreviewText("\n".join(said)) if said else None)
+
+
+class PCMInpaint(EditNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        own = [
+            io.Image.Input("image", tooltip="The picture, of any size."),
+            io.Mask.Input("mask", tooltip="White is drawn anew, black is kept to the pixel, grey shows so much of the new."),
+        ]
+        return cls.schema(
+            "PCMInpaint", "PCM Inpaint", "Draw a part of a picture anew; every other pixel is kept.", "inpaint", own
+        )
+
+    @classmethod
+    def execute(cls, image: torch.Tensor, mask: torch.Tensor, **common: Any) -> io.NodeOutput:
+        pictures = to_pictures(image)
+        return cls.edit(inpainting(pictures, to_mask(mask, pictures)), **common)
+
+
+class PCMOutpaint(EditNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        own = [io.Image.Input("image", tooltip="The picture, of any size.")]
+        for side in ("left", "top", "right", "bottom"):
+            own.append(
+                io.Int.Input(side, default=64 if side == "right" else 0, min=0, max=4096, tooltip=f"Pixels to add: {side}.")
+            )
+        return cls.schema(
+            "PCMOutpaint", "PCM Outpaint", "Continue a picture past its edges; the picture itself is kept.", "inpaint", own
+        )
+
+    @classmethod
+    def execute(cls, image: torch.Tensor, left: int, top: int, right: int, bottom: int, **common: Any) -> io.NodeOutput:
+        return cls.edit(outpainting(to_pictures(image), left, top, right, bottom), **common)
+
+
+class PCMColorize(EditNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        own = [
+            io.Image.Input("image", tooltip="A greyscale picture; of a coloured one the luminance is taken."),
+            io.Mask.Input("mask", optional=True, tooltip="White is drawn anew altogether, colour and luminance."),
+        ]
+        return cls.schema("PCMColorize", "PCM Colorize", "Colour a picture; its luminance is kept.", "colorize", own)
+
+    @classmethod
+    def execute(cls, image: torch.Tensor, mask: torch.Tensor | None = None, **common: Any) -> io.NodeOutput:
+        pictures = to_pictures(image)
+        return cls.edit(colorization(pictures, None if mask is None else to_mask(mask, pictures)), **common)
+
+
+class PCMSuperResolve(EditNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        own = [
+            io.Image.Input("image", tooltip="The small picture."),
+            io.Int.Input("factor", default=4, min=2, max=16, tooltip="Of enlargement along each side."),
+            io.Combo.Input(
+                "kernel",
+                options=list(KERNELS),
+                tooltip="How the picture was made small: the mean of factor x factor pixels, or a wider, antialiasing kernel.",
+            ),
+        ]
+        return cls.schema(
+            "PCMSuperResolve",
+            "PCM Super-Resolve",
+            "Enlarge a picture; shrunk again, the result is the picture.",
+            "super_resolve",
+            own,
+        )
+
+    @classmethod
+    def execute(cls, image: torch.Tensor, factor: int, kernel: str, **common: Any) -> io.NodeOutput:
+        return cls.edit(super_resolution(to_pictures(image), factor, kernel), **common)
+
+
+class PCMStroke(EditNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        own = [io.Image.Input("image", tooltip="A sketch of coloured strokes, or a photograph.")]
+        return cls.schema("PCMStroke", "PCM Stroke", "From a sketch to a picture; strength says how freely.", "stroke", own)
+
+    @classmethod
+    def execute(cls, image: torch.Tensor, **common: Any) -> io.NodeOutput:
+        return cls.edit(stroke_guided(to_pictures(image)), **common)
+
+
+class PCMDenoise(EditNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        own = [
+            io.Image.Input("image", tooltip="The noisy picture."),
+            io.Float.Input(
+                "noise_level",
+                default=0.0,
+                min=0.0,
+                max=255.0,
+                step=0.1,
+                tooltip="Standard deviation of the noise in grey levels of 255; 0 estimates it from the picture.",
+            ),
+        ]
+        return cls.schema(
+            "PCMDenoise",
+            "PCM Denoise",
+            "Take white noise out of a picture, starting at the noise's own level. Little noise leaves room for few steps.",
+            "denoise",
+            own,
+            strength=False,
+        )
+
+    @classmethod
+    def execute(cls, image: torch.Tensor, noise_level: float, model: Any, steps: int, **common: Any) -> io.NodeOutput:
+        phases = {name: common[name] for name in ("settings", "num_phases", "num_solver_steps") if name in common}
+        grid = chosen_grid(**({"settings": None, "num_phases": 4, "num_solver_steps": 50} | phases))
+        ratios = sigmas_at(model, grid, grid.timesteps[1:]).tolist()
+        task = denoising(to_pictures(image), noise_level or None, grid, ratios)
+        return cls.edit(task, model=model, steps=min(steps, grid.start_point(task.strength)), **common)
+
+
+class PCMInterpolate(EditNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        own = [
+            io.Int.Input("second_seed", default=1, min=0, max=0xFFFFFFFFFFFFFFFF, tooltip="The other end; seed is the first."),
+            io.Int.Input("count", default=5, min=2, max=256, tooltip="Pictures, both ends included."),
+            io.Int.Input("width", default=512, min=8, max=8192, step=8, tooltip="Of the pictures, between seeds."),
+            io.Int.Input("height", default=512, min=8, max=8192, step=8, tooltip="Of the pictures, between seeds."),
+            io.Image.Input("first", optional=True, tooltip="A picture to start from, instead of seed."),
+            io.Image.Input("second", optional=True, tooltip="A picture to end at, instead of second_seed."),
+            io.Model.Input(
+                "base_model",
+                optional=True,
+                tooltip="The model before the adapter, which finds a picture's noise. Needed with pictures.",
+            ),
+        ]
+        return cls.schema(
+            "PCMInterpolate",
+            "PCM Interpolate",
+            "Pictures on the way from one to another, between two seeds or two pictures.",
+            "stroke",
+            own,
+            strength=False,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        vae: Any,
+        positive: Any,
+        negative: Any,
+        seed: int,
+        second_seed: int,
+        count: int,
+        width: int,
+        height: int,
+        first: torch.Tensor | None = None,
+        second: torch.Tensor | None = None,
+        base_model: Any = None,
+        **common: Any,
+    ) -> io.NodeOutput:
+        given = [to_pictures(image[:1]) for image in (first, second) if image is not None]
+        if given and base_model is None:
+            raise ValueError("To find a picture's noise, connect base_model: the model as it is before the adapter.")
+        sizes = {size_of(picture) for picture in given} or {(height, width)}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"Both pictures must have one size; they are {' and '.join(f'{w} x {h}' for h, w in sorted(sizes))}."
+            )
+        (size,) = sizes
+        grid = chosen_grid(common.get("settings"), common.get("num_phases", 4), common.get("num_solver_steps", 50))
+        # Unguided and told what is wanted, as the model is when it draws at cfg 1.
+        host = Host(base_model or model, vae, positive, negative, 1.0, seed)
+        ends = [
+            host.noise(size, 1, number) if image is None else host.invert(to_pictures(image[:1]), grid)
+            for image, number in ((first, seed), (second, second_seed))
+        ]
+        noise = torch.cat([slerp(ends[0], ends[1], i / (count - 1)) for i in range(count)])
+        told = {"model": model, "vae": vae, "positive": positive, "negative": negative, "seed": seed}
+        return cls.edit(free(count, size), **told, noise=noise, **common)
