@@ -2,63 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
+from comfyui_tiny import load_our_nodes, start, tiny_model, tiny_prompts
+
 PACK, COMFYUI, LORAS = (Path(argument) for argument in sys.argv[1:4])
-sys.argv = ["main.py", "--cpu"]
-sys.path.insert(0, str(COMFYUI))
+start(COMFYUI)
 
-import comfy.options
-
-comfy.options.enable_args_parsing()
-import comfy.model_patcher
 import comfy.sample
 import comfy.samplers
-import comfy.supported_models
 import folder_paths
 import torch
 from comfy_extras.nodes_custom_sampler import SplitSigmas
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete, ModelSamplingSD3
 
 folder_paths.add_model_folder_path("loras", str(LORAS))
-NAME = "a pack-of.any name"
-spec = importlib.util.spec_from_file_location(
-    NAME.replace(".", "_x_"), PACK / "__init__.py", submodule_search_locations=[str(PACK)]
-)
-pack = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = pack
-spec.loader.exec_module(pack)
-extension = asyncio.run(pack.comfy_entrypoint())
-ours = {node.define_schema().node_id: node for node in asyncio.run(extension.get_node_list())}
-
-CONFIG = {
-    "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": [1, 1],
-    "channel_mult": [1, 2],
-    "transformer_depth": [1, 1], "transformer_depth_middle": 1, "transformer_depth_output": [1, 1, 1, 1], "context_dim": 64,
-    "num_heads": 4, "use_spatial_transformer": True, "legacy": False, "use_checkpoint": False, "adm_in_channels": None,
-    "use_temporal_attention": False, "use_linear_in_transformer": False,
-}  # fmt: skip
-
-
-def tiny_model():
-    torch.manual_seed(0)
-    config = comfy.supported_models.SD15(CONFIG)
-    config.set_inference_dtype(torch.float32, None)
-    model = config.get_model({}, "")
-    for name, p in model.named_parameters():
-        torch.nn.init.normal_(p, std=0.02) if p.ndim > 1 else torch.nn.init.constant_(
-            p, float("norm" in name and "weight" in name)
-        )
-    cpu = torch.device("cpu")
-    return comfy.model_patcher.ModelPatcher(model, cpu, cpu)
-
-
+ours = load_our_nodes(PACK)
 model = tiny_model()
-positive, negative = ([[torch.randn(1, 77, 64, generator=torch.Generator().manual_seed(i)), {}]] for i in (1, 2))
+positive, negative = tiny_prompts()
 empty = {"samples": torch.zeros(2, 4, 8, 8)}
 found = {"nodes": sorted(ours), "by_hand": [], "euler": [], "masked": [], "refused": {}}
 
