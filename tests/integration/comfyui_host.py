@@ -54,6 +54,8 @@ for steps in (1, 2, 3, 4, 8, 16):
             found["by_hand"].append((in_one(steps, cfg, eta) - by_hand(steps, cfg, sampler)).abs().max().item())
         euler = by_hand(steps, cfg, comfy.samplers.ksampler("euler"))
         found["euler"].append(((in_one(steps, cfg) - euler).abs().max() / euler.abs().max()).item())
+guided, unguided = in_one(4, 5.0), in_one(4, 1.0)
+found["guidance_matters"] = ((guided - unguided).abs().max() / guided.abs().max()).item()
 
 picture = {
     "samples": torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3)),
