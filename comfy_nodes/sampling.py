@@ -37,7 +37,8 @@ def sigma_table(model: Any) -> torch.Tensor:
     if len(sampling.sigmas) != sampling.num_timesteps:
         raise ValueError(
             f"This model's schedule was cut to {len(sampling.sigmas)} of {sampling.num_timesteps} timesteps, as "
-            "ModelSamplingDiscrete does when set to lcm. Remove that node: PCM stops lie elsewhere."
+            "ModelSamplingDiscrete does when set to lcm, and AnimateDiff-Evolved's beta_schedule when set to lcm, or to "
+            "autoselect with AnimateLCM. Choose another there: PCM stops lie elsewhere."
         )
     return sampling.sigmas
 
