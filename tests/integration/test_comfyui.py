@@ -10,7 +10,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -21,7 +20,6 @@ from pcm_scheduler.phases import PhaseGrid
 
 ROOT = Path(__file__).parents[2]
 ADAPTER = ROOT / "examples" / "shapes" / "adapters" / "pcm_4phase.safetensors"
-PYTHON = os.environ.get("COMFYUI_PYTHON", sys.executable)
 SNAPSHOT = Path(__file__).parent / "comfyui_nodes.json"
 
 pytestmark = pytest.mark.skipif(
@@ -30,25 +28,11 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def pack(tmp_path_factory):
-    """What people clone into custom_nodes, in a folder of another name."""
-    folder = tmp_path_factory.mktemp("custom_nodes") / "some pack.name"
-    folder.mkdir()
-    for part in ("__init__.py", "comfy_nodes", "pcm_scheduler", "pyproject.toml"):
-        copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
-        copy(ROOT / part, folder / part)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def found(pack, tmp_path_factory):
+def found(run_host, tmp_path_factory):
     """What `comfyui_host.py` saw."""
     loras = tmp_path_factory.mktemp("loras")
     shutil.copy(ADAPTER, loras)
-    command = [PYTHON, str(Path(__file__).parent / "comfyui_host.py"), str(pack), os.environ["COMFYUI_PATH"], str(loras)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=loras)
-    assert "FOUND " in done.stdout, done.stderr[-3000:]
-    return json.loads(done.stdout.split("FOUND ")[1])
+    return run_host("comfyui_host.py", loras)
 
 
 def test_the_all_in_one_node_is_the_three_wired_by_hand(found):
@@ -88,7 +72,7 @@ def test_other_models_are_refused_and_patched_schedules_are_used(found):
 
 
 @pytest.fixture(scope="module")
-def object_info(pack, tmp_path_factory):
+def object_info(comfyui_python, pack, tmp_path_factory):
     """GET /object_info of a headless server with the pack in its custom_nodes."""
     base = tmp_path_factory.mktemp("base")
     for folder in ("custom_nodes", "models/loras", "input", "output", "temp", "user"):
@@ -101,7 +85,7 @@ def object_info(pack, tmp_path_factory):
     flags = ["--cpu", "--listen", "127.0.0.1", "--port", str(port), "--base-directory", str(base), "--disable-api-nodes"]
     flags += ["--database-url", "sqlite:///:memory:", "--disable-auto-launch"]
     log = (base / "log").open("w")
-    server = subprocess.Popen([PYTHON, "main.py", *flags], cwd=os.environ["COMFYUI_PATH"], stdout=log, stderr=log)
+    server = subprocess.Popen([comfyui_python, "main.py", *flags], cwd=os.environ["COMFYUI_PATH"], stdout=log, stderr=log)
     try:
         for _ in range(120):
             assert server.poll() is None, (base / "log").read_text()[-3000:]
