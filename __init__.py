@@ -7,4 +7,6 @@ except ImportError:
 else:
     from .comfy_nodes import comfy_entrypoint
 
-    __all__ = ["comfy_entrypoint"]
+    WEB_DIRECTORY = "./comfy_nodes/web"  # the nodes' help pages
+
+    __all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
+from .dropdown import add_schedulers_if_asked
 from .nodes_adapter import PCMLoraLoader, PCMLoraSettings
 from .nodes_editing import PCMColorize, PCMDenoise, PCMInpaint, PCMInterpolate, PCMOutpaint, PCMStroke, PCMSuperResolve
 from .nodes_sampling import PCMKSampler, PCMSampler, PCMScheduler
@@ -25,6 +26,9 @@ NODES: list[type[io.ComfyNode]] = [
     PCMDenoise,
     PCMInterpolate,
 ]
+
+
+add_schedulers_if_asked()
 
 
 class PhasedConsistency(ComfyExtension):

@@ -20,39 +20,39 @@ from ..pcm_scheduler.phases import PhaseGrid
 from ..pcm_scheduler.sampling import sample_phased
 
 
-def sigma_table(model: Any) -> torch.Tensor:
-    """sigma / alpha at every training timestep, (T,), as patches of the model have left it.
-
-    Args:
-        model: a MODEL.
+def table_of(model_sampling: Any) -> torch.Tensor:
+    """sigma / alpha at every training timestep, (T,), of the object that a model keeps its schedule in.
 
     Raises:
         ValueError: a model that phased consistency does not cover; which.
     """
-    sampling = model.get_model_object("model_sampling")
-    if isinstance(sampling, comfy.model_sampling.CONST) or not hasattr(sampling, "num_timesteps"):
+    if isinstance(model_sampling, comfy.model_sampling.CONST) or not hasattr(model_sampling, "num_timesteps"):
         raise ValueError("This is a flow-matching model. PCM adapters are for SD1.5, SDXL and AnimateDiff.")
-    if isinstance(sampling, comfy.model_sampling.ModelSamplingDiscreteEDM):
+    if isinstance(model_sampling, comfy.model_sampling.ModelSamplingDiscreteEDM):
         raise ValueError("This model samples on EDM's schedule. PCM adapters are for SD1.5, SDXL and AnimateDiff.")
-    if len(sampling.sigmas) != sampling.num_timesteps:
+    if len(model_sampling.sigmas) != model_sampling.num_timesteps:
         raise ValueError(
-            f"This model's schedule was cut to {len(sampling.sigmas)} of {sampling.num_timesteps} timesteps, as "
+            f"This model's schedule was cut to {len(model_sampling.sigmas)} of {model_sampling.num_timesteps} timesteps, as "
             "ModelSamplingDiscrete does when set to lcm, and AnimateDiff-Evolved's beta_schedule when set to lcm, or to "
             "autoselect with AnimateLCM. Choose another there: PCM stops lie elsewhere."
         )
-    return sampling.sigmas
+    return model_sampling.sigmas
 
 
-def sigmas_at(model: Any, grid: PhaseGrid, timesteps: Sequence[int]) -> torch.Tensor:
-    """The sigmas of a model's own table at timesteps of the grid, (len(timesteps),) float32.
+def sigmas_of(table: torch.Tensor, grid: PhaseGrid, timesteps: Sequence[int]) -> torch.Tensor:
+    """The sigmas of a table at timesteps of the grid, (len(timesteps),) float32.
 
     Raises:
-        ValueError: a model that is not covered, or of another number of timesteps.
+        ValueError: a table of another number of timesteps.
     """
-    table = sigma_table(model)
     if len(table) != grid.num_train_timesteps:
         raise ValueError(f"The adapter was trained on {grid.num_train_timesteps} timesteps, this model has {len(table)}.")
     return table[list(timesteps)].float().cpu()
+
+
+def sigmas_at(model: Any, grid: PhaseGrid, timesteps: Sequence[int]) -> torch.Tensor:
+    """The same of a MODEL, as patches of it have left its table."""
+    return sigmas_of(table_of(model.get_model_object("model_sampling")), grid, timesteps)
 
 
 def phased_sigmas(model: Any, grid: PhaseGrid, steps: int, denoise: float = 1.0) -> torch.Tensor:

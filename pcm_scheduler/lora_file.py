@@ -108,7 +108,7 @@ class AdapterSettings:
 
 
 _PUBLISHED = re.compile(r"pcm_(sd15|sdxl)_(?:(smallcfg|normalcfg)_(2|4|8|16)step|(lcmlike)_lora)")
-_SOLVER_STEPS = {"sd15": 50, "sdxl": 40}
+SOLVER_STEPS = {"sd15": 50, "sdxl": 40}
 
 
 def published_settings(name: str) -> AdapterSettings | None:
@@ -121,7 +121,7 @@ def published_settings(name: str) -> AdapterSettings | None:
     if match is None:
         return None
     family, regime, steps, lcmlike = match.groups()
-    solver_steps = _SOLVER_STEPS[family]
+    solver_steps = SOLVER_STEPS[family]
     grid = PhaseGrid.even(1 if lcmlike else int(steps), solver_steps)
     return AdapterSettings(
         base_model=family,

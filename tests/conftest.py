@@ -1,4 +1,4 @@
-"""Helpers are shared by plain import: the folders of the tests and of the shapes example are on the path."""
+"""Helpers are shared by plain import: the folders of the tests and of the examples are on the path."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / part) for part in ("tests", "tests/pcm_scheduler", "examples", "examples/shapes")]
+sys.path[:0] = [
+    str(ROOT / part) for part in ("tests", "tests/pcm_scheduler", "examples", "examples/shapes", "examples/comfyui")
+]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the network is a broken test
 
 if "PYTEST_XDIST_WORKER" in os.environ:

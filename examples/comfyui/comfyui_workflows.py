@@ -219,8 +219,57 @@ WORKFLOWS: dict[str, Callable[[Builder], None]] = {
 }
 
 
+NOTES = {
+    "text_to_image_sd15": "Four steps with a PCM LoRA. The loader reads from the file how it wants to be sampled.",
+    "text_to_image_sdxl": "The same for SDXL.",
+    "image_to_image": "denoise says how much is drawn anew; the steps stay on the edges of the phases.",
+    "two_passes": "A small picture, then larger, from the middle of the schedule. PCM Scheduler keeps to the edges in both.",
+    "step_sheet": "One run shows what each number of steps draws, beside samplers of ComfyUI's own.",
+    "masked_latent": "ComfyUI's own masking, in latents; PCM Inpaint keeps pixels. Mask: right-click Load Image, Open in "
+    "MaskEditor.",
+    "inpaint": "Every pixel outside of the mask is kept. Mask a part: right-click Load Image, Open in MaskEditor.",
+    "outpaint": "The picture continues past its edges and is itself kept, pixel for pixel.",
+    "colorize": "The luminance of the picture is kept, its colours are drawn.",
+    "super_resolve": "Enlarge a picture; shrunk again it is the picture, to half a grey level.",
+    "stroke": "From a sketch to a picture; strength says how freely.",
+    "denoise": "Take out noise of a known strength; 0 estimates it.",
+    "interpolate": "From one picture to another. Choose a second picture.",
+    "animatediff": "16 frames. Needs ComfyUI-AnimateDiff-Evolved and a motion module in models/animatediff_models.",
+}
+_FILES = (
+    "Files: a checkpoint in models/checkpoints, and a PCM LoRA such as those of "
+    "[wangfuyun/PCM_Weights](https://huggingface.co/wangfuyun/PCM_Weights) in models/loras."
+)
+
+
+def note(name: str) -> str:
+    """What is said beside the graph, in Markdown."""
+    return f"{NOTES[name]}\n\n{_FILES}"
+
+
 def build(name: str) -> Graph:
     """The graph of a workflow, in API form."""
     g = Builder()
     WORKFLOWS[name](g)
     return g.graph
+
+
+def for_shapes(graph: Graph, prompt: str, image: str) -> Graph:
+    """A graph at the size of the shapes models and on a picture of theirs, for a person to look at.
+
+    Args:
+        graph: any of the examples.
+        prompt: instead of its own.
+        image: instead of every loaded one.
+    """
+    changes = {
+        "CLIPTextEncode": lambda inputs: {"text": prompt if inputs["text"] else ""},
+        "EmptyLatentImage": lambda _: {"width": 128, "height": 128},
+        "LoadImage": lambda _: {"image": image},
+        "PCMOutpaint": lambda _: {"left": 32, "right": 32},
+    }
+    changed = {}
+    for key, node in graph.items():
+        change = changes.get(node["class_type"], lambda _: {})
+        changed[key] = node | {"inputs": node["inputs"] | change(node["inputs"])}
+    return changed

@@ -1,4 +1,4 @@
-"""A pack for tests: ComfyUI's own checkpoint loader gives the shapes models, so that example workflows run as they are.
+"""A pack to try things with: ComfyUI's own checkpoint loader gives the shapes models, and the examples run as they are.
 
 A stand-in file, a few bytes of safetensors whose header names one of the models, takes the place of a checkpoint. ComfyUI knows
 SD1.5 and SDXL by their sizes alone, and these models have the same structure in small, so their parts are put together here.
@@ -22,17 +22,12 @@ import comfy.utils
 import torch
 from comfy.supported_models_base import ClipTarget
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 NODE_CLASS_MAPPINGS: dict[str, type] = {}
-SHAPES = Path(__file__).resolve().parents[3] / "examples" / "shapes"
+SHAPES = Path(__file__).resolve().parents[2] / "shapes"
 MARK = "shapes"  # in the header: `model` or `model_xl`
-
-
-def write_stand_in(path: Path, model: str) -> None:
-    """A file for `models/checkpoints` that stands for `model` or `model_xl`."""
-    save_file({"nothing": torch.zeros(1)}, path, {MARK: model})
 
 
 def with_groups(groups: int) -> type:

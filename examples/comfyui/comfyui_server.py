@@ -26,13 +26,18 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).parents[2]
 ADAPTERS = ROOT / "examples" / "shapes" / "adapters"
 PYTHON = os.environ.get("COMFYUI_PYTHON", sys.executable)
-PACK_NAME = "some pack.name"
 # What people have in their folders, and what stands for it here.
 CHECKPOINTS = {"v1-5-pruned-emaonly-fp16.safetensors": "model", "sd_xl_base_1.0.safetensors": "model_xl"}
 LORAS = {
     "pcm_sd15_smallcfg_4step_converted.safetensors": "pcm_4phase.safetensors",
     "pcm_sdxl_smallcfg_4step_converted.safetensors": "xl_pcm_4phase.safetensors",
     "AnimateLCM_sd15_t2v_lora.safetensors": "lcm.safetensors",
+}
+# No welcome in the way, and text on nodes however small.
+FRONT_END_SETTINGS = {
+    "Comfy.TutorialCompleted": True,
+    "Comfy.Minimap.Visible": False,
+    "LiteGraph.Canvas.LowQualityRenderingZoomThreshold": 0.1,
 }
 
 
@@ -167,11 +172,14 @@ def write_input(folder: Path) -> None:
 
 
 @contextmanager
-def serve(base: Path, environment: dict[str, str] | None = None, packs: dict[str, Path] | None = None) -> Iterator[Server]:
+def serve(
+    base: Path, pack_name: str, environment: dict[str, str] | None = None, packs: dict[str, Path] | None = None
+) -> Iterator[Server]:
     """ComfyUI from COMFYUI_PATH, until the end of the block.
 
     Args:
         base: an empty folder.
+        pack_name: of this pack's folder.
         environment: variables to add to its own.
         packs: further packs by name.
     """
@@ -187,8 +195,8 @@ def serve(base: Path, environment: dict[str, str] | None = None, packs: dict[str
     )
     for folder in folders:
         (base / folder).mkdir(parents=True)
-    copy_pack(base / "custom_nodes" / PACK_NAME)
-    (base / "custom_nodes" / "comfyui_shapes").symlink_to(Path(__file__).parent / "comfyui_shapes")
+    copy_pack(base / "custom_nodes" / pack_name)
+    (base / "custom_nodes" / "shapes_pack").symlink_to(Path(__file__).parent / "shapes_pack")
     for name, pack in (packs or {}).items():
         (base / "custom_nodes" / name).symlink_to(pack)
     for name, model in CHECKPOINTS.items():
@@ -196,6 +204,9 @@ def serve(base: Path, environment: dict[str, str] | None = None, packs: dict[str
     for name, adapter in LORAS.items():
         shutil.copy(ADAPTERS / adapter, base / "models" / "loras" / name)
     write_input(base / "input")
+    settings = base / "user" / "default" / "comfy.settings.json"
+    settings.parent.mkdir()
+    settings.write_text(json.dumps(FRONT_END_SETTINGS))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
