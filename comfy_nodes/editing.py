@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ..pcm_scheduler.edit_tasks import Edit, draw
 from ..pcm_scheduler.editing import Codec, invert
 from ..pcm_scheduler.phases import PhaseGrid
-from .sampling import sigmas_at
+from .sampling import points_of, sigmas_at
 
 Denoiser = Callable[[torch.Tensor, int], torch.Tensor]
 
@@ -128,7 +128,7 @@ class Host:
         Raises:
             ValueError: steps that do not fit, a measurement that no picture has, or a model that is not covered.
         """
-        points = grid.stops(steps, edit.strength)
+        points = points_of(grid, steps, edit.strength, "strength")
         sigmas = sigmas_at(self.model, grid, [grid.timesteps[n] for n in points])
         if not edit.measurement_noise:
             edit.operator.check(edit.measurement)

@@ -15,7 +15,9 @@ Settings = io.Custom("PCM_SETTINGS")
 MODEL = "The model with the adapter in it. Its own table of sigmas is used, AnimateDiff's and zero-SNR ones too."
 POSITIVE = "What should be in the picture."
 NEGATIVE = "What should not. Without effect at cfg 1."
-_SETTINGS = "How the adapter was trained, from PCM LoRA Loader. Without it, num_phases and num_solver_steps count."
+_SETTINGS = (
+    "How the adapter was trained, from PCM LoRA Loader or PCM LoRA Settings. Without it, num_phases and num_solver_steps count."
+)
 _PHASES = "How many phases the adapter was trained with; published '4step' files have 4. Settings, if connected, count instead."
 _SOLVER = "Points of the solver's grid in training: 50 for SD1.5, 40 for SDXL. Settings, if connected, count instead."
 _STEPS = "Sampling steps, independent of the phases. With as many as phases, every step ends where training did."

@@ -14,12 +14,18 @@ from ..pcm_scheduler.lora_file import AdapterSettings, read_settings, read_tenso
 from .inputs import CATEGORY, Settings
 
 
-def in_words(settings: AdapterSettings) -> str:
-    """For the node's face."""
+def in_words(settings: AdapterSettings, stated: bool) -> str:
+    """For the node's face.
+
+    Args:
+        settings: of a file, with what the node overrides.
+        stated: whether the file says something of itself.
+    """
     grid = settings.grid
     source = "inferred from the file's name or hash" if settings.inferred else "stated in the file"
+    family = f"{settings.base_model}, predicts {settings.prediction_type} ({source})"
     return (
-        f"{settings.base_model}, predicts {settings.prediction_type} ({source})\n"
+        f"{family if stated else 'The file says nothing of itself; as the node says:'}\n"
         f"{grid.num_phases} phases: {', '.join(map(str, grid.edges))}; {grid.num_solver_steps} solver steps\n"
         f"recommended: {settings.num_inference_steps} steps, cfg {settings.guidance_scale:g}, eta {settings.eta:g}"
     )
@@ -35,15 +41,19 @@ def file_inputs() -> list[Any]:
     ]
 
 
-def phases_override() -> Any:
-    return io.Int.Input(
-        "num_phases",
-        default=0,
-        min=0,
-        max=100,
-        optional=True,
-        tooltip="0: as the file says. Anything else overrides it; needed for files that say nothing.",
-    )
+def overrides() -> list[Any]:
+    told = "0: as the file says. Anything else overrides it; needed for files that say nothing."
+    return [
+        io.Int.Input("num_phases", default=0, min=0, max=500, optional=True, tooltip=told),
+        io.Int.Input(
+            "num_solver_steps",
+            default=0,
+            min=0,
+            max=500,
+            optional=True,
+            tooltip=f"{told} 50 for SD1.5, 40 for SDXL.",
+        ),
+    ]
 
 
 def settings_outputs() -> list[Any]:
@@ -55,14 +65,21 @@ def settings_outputs() -> list[Any]:
     ]
 
 
-def settings_of(lora_name: str, num_phases: int) -> tuple[str, AdapterSettings]:
-    """The path and the settings of a file in models/loras.
+def settings_of(lora_name: str, num_phases: int, num_solver_steps: int) -> tuple[str, AdapterSettings, str]:
+    """The path of a file in models/loras, its settings, and these in words.
 
     Raises:
         ValueError: the file says nothing of its phases and neither does the node.
     """
     path = folder_paths.get_full_path_or_raise("loras", lora_name)
-    return path, with_overrides(read_settings(path), num_phases=num_phases or None)
+    stated = read_settings(path)
+    if stated is None and not num_phases:
+        raise ValueError(
+            f"{lora_name} does not say how it was trained: it has no header of ours and is none of the published files. Set "
+            "num_phases, and num_solver_steps if it is not 50."
+        )
+    settings = with_overrides(stated, num_phases=num_phases or None, num_solver_steps=num_solver_steps or None)
+    return path, settings, in_words(settings, stated is not None)
 
 
 class PCMLoraLoader(io.ComfyNode):
@@ -84,7 +101,7 @@ class PCMLoraLoader(io.ComfyNode):
                     step=0.01,
                     tooltip="1 is what the adapter was trained at.",
                 ),
-                phases_override(),
+                *overrides(),
             ],
             outputs=[
                 io.Model.Output("adapted", display_name="model", tooltip="The model with the adapter."),
@@ -93,15 +110,17 @@ class PCMLoraLoader(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Any, lora_name: str, strength_model: float, num_phases: int = 0) -> io.NodeOutput:
-        path, settings = settings_of(lora_name, num_phases)
+    def execute(
+        cls, model: Any, lora_name: str, strength_model: float, num_phases: int = 0, num_solver_steps: int = 0
+    ) -> io.NodeOutput:
+        path, settings, words = settings_of(lora_name, num_phases, num_solver_steps)
         if strength_model:
-            model = with_lora(model, read_tensors(path)[0], strength_model, settings)
+            model = with_lora(model, read_tensors(path)[0], strength_model)
         recommended = (settings.num_inference_steps, settings.guidance_scale, settings.eta)
-        return io.NodeOutput(model, settings, *recommended, ui=ui.PreviewText(in_words(settings)))
+        return io.NodeOutput(model, settings, *recommended, ui=ui.PreviewText(words))
 
 
-def with_lora(model: Any, tensors: dict[str, Any], strength: float, settings: AdapterSettings) -> Any:
+def with_lora(model: Any, tensors: dict[str, Any], strength: float) -> Any:
     """The model with a LoRA in it.
 
     Raises:
@@ -111,7 +130,7 @@ def with_lora(model: Any, tensors: dict[str, Any], strength: float, settings: Ad
     if not comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(tensors)), names, log_missing=False):
         family = type(model.model.model_config).__name__
         raise ValueError(
-            f"Nothing in this file fits the model: the adapter is for {settings.base_model}, the model is {family}."
+            f"Nothing in this file fits the model, a {family}: it is for another family, or it is not a LoRA of a UNet."
         )
     return comfy.sd.load_lora_for_models(model, None, tensors, strength, 0)[0]
 
@@ -124,12 +143,12 @@ class PCMLoraSettings(io.ComfyNode):
             display_name="PCM LoRA Settings",
             category=CATEGORY,
             description="Read from a LoRA file how it wants to be sampled, when ComfyUI's own loader puts it into the model.",
-            inputs=[*file_inputs(), phases_override()],
+            inputs=[*file_inputs(), *overrides()],
             outputs=settings_outputs(),
         )
 
     @classmethod
-    def execute(cls, lora_name: str, num_phases: int = 0) -> io.NodeOutput:
-        _, settings = settings_of(lora_name, num_phases)
+    def execute(cls, lora_name: str, num_phases: int = 0, num_solver_steps: int = 0) -> io.NodeOutput:
+        _, settings, words = settings_of(lora_name, num_phases, num_solver_steps)
         recommended = (settings.num_inference_steps, settings.guidance_scale, settings.eta)
-        return io.NodeOutput(settings, *recommended, ui=ui.PreviewText(in_words(settings)))
+        return io.NodeOutput(settings, *recommended, ui=ui.PreviewText(words))

@@ -55,6 +55,22 @@ def sigmas_at(model: Any, grid: PhaseGrid, timesteps: Sequence[int]) -> torch.Te
     return sigmas_of(table_of(model.get_model_object("model_sampling")), grid, timesteps)
 
 
+def points_of(grid: PhaseGrid, steps: int, strength: float, name: str) -> tuple[int, ...]:
+    """`grid.stops`, with a sentence in a node's own words for steps that do not fit.
+
+    Args:
+        grid: that the adapter was trained on.
+        steps: of the node.
+        strength: how far up the schedule they start.
+        name: of the input that says so.
+    """
+    room = grid.start_point(strength)
+    if steps > room:
+        below = f", {room} of them below {name} {strength:g}" if room < grid.num_solver_steps else ""
+        raise ValueError(f"steps is {steps}, and the adapter's grid has {grid.num_solver_steps} points{below}: at most {room}.")
+    return grid.stops(steps, strength)
+
+
 def phased_sigmas(model: Any, grid: PhaseGrid, steps: int, denoise: float = 1.0) -> torch.Tensor:
     """The sigmas of `grid.stops`, (steps + 1,), the last 0; none for a denoise of 0.
 
@@ -67,7 +83,7 @@ def phased_sigmas(model: Any, grid: PhaseGrid, steps: int, denoise: float = 1.0)
     Raises:
         ValueError: steps or denoise out of range, or a model that is not covered.
     """
-    stops = grid.sampling_timesteps(steps, denoise) if denoise > 0 else ()
+    stops = [grid.timesteps[n] for n in points_of(grid, steps, denoise, "denoise")] if denoise > 0 else []
     sigmas = sigmas_at(model, grid, stops)
     return torch.cat([sigmas, torch.zeros(1)]) if stops else sigmas
 

@@ -60,7 +60,8 @@ class Loaded:
 
 def load(g: Builder, prompt: str, checkpoint: str = SD15) -> Loaded:
     base = g.add("CheckpointLoaderSimple", ckpt_name=checkpoint)
-    adapter = g.add("PCMLoraLoader", model=base[0], lora_name=LORA[checkpoint], strength_model=1.0, num_phases=0)
+    file = {"lora_name": LORA[checkpoint], "num_phases": 0, "num_solver_steps": 0}
+    adapter = g.add("PCMLoraLoader", model=base[0], **file, strength_model=1.0)
     positive = g.add("CLIPTextEncode", clip=base[1], text=prompt)
     negative = g.add("CLIPTextEncode", clip=base[1], text="")
     return Loaded(base, adapter, positive, negative)
@@ -95,12 +96,16 @@ def image_to_image(g: Builder) -> None:
 
 
 def masked_latent(g: Builder) -> None:
-    """A mask in ComfyUI's own way, in latents; PCM Inpaint keeps pixels instead."""
+    """A mask in ComfyUI's own way, in latents, and the adapter in its own loader: PCM LoRA Settings reads the file."""
     loaded = load(g, "a bunch of red tulips")
+    file = {name: g.graph[loaded.adapter.id]["inputs"].pop(name) for name in ("num_phases", "num_solver_steps")}
+    g.graph[loaded.adapter.id]["class_type"] = "LoraLoaderModelOnly"
+    settings = g.add("PCMLoraSettings", lora_name=LORA[SD15], **file)
     image = g.add("LoadImage", image="example.png")
     latent = g.add("VAEEncode", pixels=image[0], vae=loaded.vae)
     masked = g.add("SetLatentNoiseMask", samples=latent[0], mask=image[1])
-    drawn = g.add("PCMKSampler", **loaded.common, **sampled(), latent_image=masked[0], denoise=1.0)
+    common = loaded.common | {"settings": settings[0]}
+    drawn = g.add("PCMKSampler", **common, **sampled(), latent_image=masked[0], denoise=1.0)
     save(g, g.add("VAEDecode", samples=drawn[0], vae=loaded.vae)[0], "pcm_masked")
 
 
@@ -225,8 +230,8 @@ NOTES = {
     "image_to_image": "denoise says how much is drawn anew; the steps stay on the edges of the phases.",
     "two_passes": "A small picture, then larger, from the middle of the schedule. PCM Scheduler keeps to the edges in both.",
     "step_sheet": "One run shows what each number of steps draws, beside samplers of ComfyUI's own.",
-    "masked_latent": "ComfyUI's own masking, in latents; PCM Inpaint keeps pixels. Mask: right-click Load Image, Open in "
-    "MaskEditor.",
+    "masked_latent": "ComfyUI's own LoRA loader and its own masking, in latents. Mask a part: right-click Load Image, "
+    "Open in MaskEditor.",
     "inpaint": "Every pixel outside of the mask is kept. Mask a part: right-click Load Image, Open in MaskEditor.",
     "outpaint": "The picture continues past its edges and is itself kept, pixel for pixel.",
     "colorize": "The luminance of the picture is kept, its colours are drawn.",

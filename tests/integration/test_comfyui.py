@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from comfyui_parity import CASES, InDiffusers, difference, in_comfyui
 
 from pcm_scheduler.phases import PhaseGrid
 
@@ -63,3 +64,11 @@ def test_other_models_are_refused_and_patched_schedules_are_used(found):
     assert "lcm" in found["refused"]["lcm"]
     assert "flow" in found["refused"]["flow"]
     assert found["zero_snr_top"] > 100  # of the unpatched table: 14.6
+
+
+def test_the_numbers_are_those_of_diffusers(pack):
+    """Latents of the shapes models with the trainer's adapters; float32 in two hosts, far below what a picture shows."""
+    found = in_comfyui(CASES, pack)
+    draws = InDiffusers()
+    for case, latents in zip(CASES, found.latents, strict=True):
+        assert difference(draws.draw(case), latents) < case.tolerance, case
