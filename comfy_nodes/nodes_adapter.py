@@ -7,11 +7,14 @@ from typing import Any
 import comfy.lora
 import comfy.lora_convert
 import comfy.sd
+import comfy.supported_models
 import folder_paths
 from comfy_api.latest import io, ui
 
 from ..pcm_scheduler.lora_file import AdapterSettings, read_settings, read_tensors, with_overrides
 from .inputs import CATEGORY, Settings
+
+FAMILIES = {"sd15": comfy.supported_models.SD15, "sdxl": comfy.supported_models.SDXL}
 
 
 def in_words(settings: AdapterSettings, stated: bool) -> str:
@@ -65,8 +68,8 @@ def settings_outputs() -> list[Any]:
     ]
 
 
-def settings_of(lora_name: str, num_phases: int, num_solver_steps: int) -> tuple[str, AdapterSettings, str]:
-    """The path of a file in models/loras, its settings, and these in words.
+def settings_of(lora_name: str, num_phases: int, num_solver_steps: int) -> tuple[str, AdapterSettings, bool]:
+    """The path of a file in models/loras, its settings, and whether it states any.
 
     Raises:
         ValueError: the file says nothing of its phases and neither does the node.
@@ -79,7 +82,7 @@ def settings_of(lora_name: str, num_phases: int, num_solver_steps: int) -> tuple
             "num_phases, and num_solver_steps if it is not 50."
         )
     settings = with_overrides(stated, num_phases=num_phases or None, num_solver_steps=num_solver_steps or None)
-    return path, settings, in_words(settings, stated is not None)
+    return path, settings, stated is not None
 
 
 class PCMLoraLoader(io.ComfyNode):
@@ -113,25 +116,33 @@ class PCMLoraLoader(io.ComfyNode):
     def execute(
         cls, model: Any, lora_name: str, strength_model: float, num_phases: int = 0, num_solver_steps: int = 0
     ) -> io.NodeOutput:
-        path, settings, words = settings_of(lora_name, num_phases, num_solver_steps)
+        path, settings, stated = settings_of(lora_name, num_phases, num_solver_steps)
         if strength_model:
-            model = with_lora(model, read_tensors(path)[0], strength_model)
+            model = with_lora(model, read_tensors(path)[0], strength_model, settings.base_model if stated else None)
         recommended = (settings.num_inference_steps, settings.guidance_scale, settings.eta)
-        return io.NodeOutput(model, settings, *recommended, ui=ui.PreviewText(words))
+        return io.NodeOutput(model, settings, *recommended, ui=ui.PreviewText(in_words(settings, stated)))
 
 
-def with_lora(model: Any, tensors: dict[str, Any], strength: float) -> Any:
+def with_lora(model: Any, tensors: dict[str, Any], strength: float, family: str | None) -> Any:
     """The model with a LoRA in it.
 
+    Args:
+        model: a MODEL.
+        tensors: of the file.
+        strength: 1 is what it was trained at.
+        family: for which the file says it is, `sd15` or `sdxl`; None if it does not say.
+
     Raises:
-        ValueError: a file for another kind of model, of which nothing fits.
+        ValueError: a file for another kind of model. Many of the modules' names are the same, and ComfyUI would only log those
+            that do not fit.
     """
+    config = model.model.model_config
+    others = tuple(kind for name, kind in FAMILIES.items() if name != family)
+    if family in FAMILIES and isinstance(config, others):
+        raise ValueError(f"This adapter is for {family}, and the model is {type(config).__name__}: load the other file.")
     names = comfy.lora.model_lora_keys_unet(model.model, {})
     if not comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(tensors)), names, log_missing=False):
-        family = type(model.model.model_config).__name__
-        raise ValueError(
-            f"Nothing in this file fits the model, a {family}: it is for another family, or it is not a LoRA of a UNet."
-        )
+        raise ValueError(f"Nothing in this file fits the model, which is {type(config).__name__}: is it a LoRA of a UNet?")
     return comfy.sd.load_lora_for_models(model, None, tensors, strength, 0)[0]
 
 
@@ -149,6 +160,6 @@ class PCMLoraSettings(io.ComfyNode):
 
     @classmethod
     def execute(cls, lora_name: str, num_phases: int = 0, num_solver_steps: int = 0) -> io.NodeOutput:
-        _, settings, words = settings_of(lora_name, num_phases, num_solver_steps)
+        _, settings, stated = settings_of(lora_name, num_phases, num_solver_steps)
         recommended = (settings.num_inference_steps, settings.guidance_scale, settings.eta)
-        return io.NodeOutput(settings, *recommended, ui=ui.PreviewText(words))
+        return io.NodeOutput(settings, *recommended, ui=ui.PreviewText(in_words(settings, stated)))

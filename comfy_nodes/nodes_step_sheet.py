@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import comfy.samplers
+import comfy.utils
 import numpy as np
 import torch
 from comfy_api.latest import io, ui
@@ -167,6 +168,8 @@ class PCMStepSheet(PhaseNode):
             raise ValueError(f"step_counts go to {max(counts)}, and the adapter's grid has {grid.num_solver_steps} points.")
         latent = latent_image | {"samples": latent_image["samples"][:1]}
         schedule = model.get_model_object("model_sampling")
+        # One bar over the whole sheet. No previews: the front-end would show the last of them instead of the sheet.
+        bar = comfy.utils.ProgressBar(len(rows) * sum(counts))
         pictures: list[list[torch.Tensor]] = []
         for row in rows:
             pictures.append([])
@@ -176,7 +179,9 @@ class PCMStepSheet(PhaseNode):
                 else:
                     sampler = comfy.samplers.sampler_object(row.sampler)
                     sigmas = comfy.samplers.calculate_sigmas(schedule, row.scheduler, steps)
-                drawn = sample_latent(model, seed, cfg, sampler, sigmas, positive, negative, latent)
+                drawn = sample_latent(
+                    model, seed, cfg, sampler, sigmas, positive, negative, latent, callback=lambda *_: bar.update(1)
+                )
                 pictures[-1].append(vae.decode(drawn["samples"])[0, ..., :3])
         columns = [f"{steps} step{'s' * (steps > 1)}" for steps in counts]
         sheet = contact_sheet(pictures, [row.name for row in rows], columns)

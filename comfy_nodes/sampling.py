@@ -140,8 +140,14 @@ def sample_latent(
     positive: Any,
     negative: Any,
     latent: dict[str, Any],
+    callback: Any = None,
 ) -> dict[str, Any]:
-    """A LATENT sampled as ComfyUI's own samplers do it, with its mask, previews and progress; what else it holds stays."""
+    """A LATENT sampled as ComfyUI's own samplers do it, with its mask; what else it holds stays.
+
+    Args:
+        model, seed, cfg, sampler, sigmas, positive, negative, latent: of the nodes.
+        callback: at each step, in ComfyUI's signature; None: progress and previews.
+    """
     samples: torch.Tensor = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
     if len(sigmas) == 0:
         return latent | {"samples": samples}
@@ -155,7 +161,7 @@ def sample_latent(
         negative,
         samples,
         noise_mask=latent.get("noise_mask"),
-        callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
+        callback=callback or latent_preview.prepare_callback(model, len(sigmas) - 1),
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
