@@ -9,9 +9,10 @@ import comfy.lora_convert
 import comfy.sd
 import comfy.supported_models
 import folder_paths
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..pcm_scheduler.lora_file import AdapterSettings, read_settings, read_tensors, with_overrides
+from .face import HIDDEN, say
 from .inputs import CATEGORY, Settings
 
 FAMILIES = {"sd15": comfy.supported_models.SD15, "sdxl": comfy.supported_models.SDXL}
@@ -110,6 +111,7 @@ class PCMLoraLoader(io.ComfyNode):
                 io.Model.Output("adapted", display_name="model", tooltip="The model with the adapter."),
                 *settings_outputs(),
             ],
+            hidden=HIDDEN,
         )
 
     @classmethod
@@ -120,7 +122,7 @@ class PCMLoraLoader(io.ComfyNode):
         if strength_model:
             model = with_lora(model, read_tensors(path)[0], strength_model, settings.base_model if stated else None)
         recommended = (settings.num_inference_steps, settings.guidance_scale, settings.eta)
-        return io.NodeOutput(model, settings, *recommended, ui=ui.PreviewText(in_words(settings, stated)))
+        return io.NodeOutput(model, settings, *recommended, ui=say(cls, in_words(settings, stated)))
 
 
 def with_lora(model: Any, tensors: dict[str, Any], strength: float, family: str | None) -> Any:
@@ -156,10 +158,11 @@ class PCMLoraSettings(io.ComfyNode):
             description="Read from a LoRA file how it wants to be sampled, when ComfyUI's own loader puts it into the model.",
             inputs=[*file_inputs(), *overrides()],
             outputs=settings_outputs(),
+            hidden=HIDDEN,
         )
 
     @classmethod
     def execute(cls, lora_name: str, num_phases: int = 0, num_solver_steps: int = 0) -> io.NodeOutput:
         _, settings, stated = settings_of(lora_name, num_phases, num_solver_steps)
         recommended = (settings.num_inference_steps, settings.guidance_scale, settings.eta)
-        return io.NodeOutput(settings, *recommended, ui=ui.PreviewText(in_words(settings, stated)))
+        return io.NodeOutput(settings, *recommended, ui=say(cls, in_words(settings, stated)))

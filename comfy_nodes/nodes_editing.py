@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..pcm_scheduler.edit_tasks import (
     KERNELS,
@@ -22,8 +22,9 @@ from ..pcm_scheduler.edit_tasks import (
     super_resolution,
 )
 from ..pcm_scheduler.editing import slerp
-from .advice import advice, negative_prompt
+from .advice import advice
 from .editing import Host, to_mask, to_pictures
+from .face import HIDDEN, say, told_negative
 from .inputs import (
     CATEGORY,
     PhaseNode,
@@ -36,7 +37,7 @@ from .inputs import (
     seed_input,
     steps_input,
 )
-from .sampling import sigmas_at
+from .sampling import sigmas_at, stops_in_words
 
 _ETA = "How much of the noise is drawn anew between steps; 1 also for adapters in LCM's style."
 _STRENGTH = (
@@ -93,7 +94,7 @@ class EditNode(PhaseNode):
                 *phase_inputs(),
             ],
             outputs=[io.Image.Output("edited", display_name="image", tooltip=f"The result{kept}.")],
-            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
+            hidden=HIDDEN,
         )
 
     @classmethod
@@ -119,11 +120,11 @@ class EditNode(PhaseNode):
         if strength is not None:
             task = replace(task, strategy=replace(task.strategy, strength=strength))
         image, error = Host(model, vae, positive, negative, cfg, seed).draw(task, grid, steps, eta, noise)
-        told = negative_prompt(cls.hidden.prompt, cls.hidden.unique_id) if cls.hidden else ""
-        said = advice(cfg, eta, settings, grid.num_phases, told, editing=True)
+        said = [stops_in_words(grid, steps, task.strength)]
         if task.measurement.numel() and not task.measurement_noise:
-            said.insert(0, f"off by at most {error:.2f} of 255 grey levels from what was to stay")
-        return io.NodeOutput(image, ui=ui.PreviewText("\n".join(said)) if said else None)
+            said.append(f"off by at most {error:.2f} of 255 grey levels from what was to stay")
+        said += advice(cfg, eta, settings, grid.num_phases, told_negative(cls), editing=True)
+        return io.NodeOutput(image, ui=say(cls, *said))
 
 
 class PCMInpaint(EditNode):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
-from .advice import advice, negative_prompt
+from .advice import advice
+from .face import HIDDEN, say, told_negative
 from .inputs import (
     CATEGORY,
     PhaseNode,
@@ -19,7 +20,7 @@ from .inputs import (
     seed_input,
     steps_input,
 )
-from .sampling import pcm_sampler, phased_sigmas, sample_latent
+from .sampling import pcm_sampler, phased_sigmas, sample_latent, stops_in_words
 
 _DENOISE = (
     "1 starts from noise. Less keeps more of the latent: all steps then lie below that part of the schedule, on its edges."
@@ -40,6 +41,7 @@ class PCMScheduler(PhaseNode):
             description="Sigmas on the edges of the phases, for SamplerCustom and its relatives.",
             inputs=[model_input(), steps_input(), denoise_input(), *phase_inputs()],
             outputs=[io.Sigmas.Output("sigmas", display_name="sigmas", tooltip="Descending, the last 0.")],
+            hidden=HIDDEN,
         )
 
     @classmethod
@@ -47,7 +49,7 @@ class PCMScheduler(PhaseNode):
         cls, model: Any, steps: int, denoise: float, settings: Any = None, num_phases: int = 4, num_solver_steps: int = 50
     ) -> io.NodeOutput:
         grid = chosen_grid(settings, num_phases, num_solver_steps)
-        return io.NodeOutput(phased_sigmas(model, grid, steps, denoise))
+        return io.NodeOutput(phased_sigmas(model, grid, steps, denoise), ui=say(cls, stops_in_words(grid, steps, denoise)))
 
 
 class PCMSampler(io.ComfyNode):
@@ -87,7 +89,7 @@ class PCMKSampler(PhaseNode):
                 *phase_inputs(),
             ],
             outputs=[io.Latent.Output("latent", display_name="latent", tooltip="The result, for VAE Decode.")],
-            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
+            hidden=HIDDEN,
         )
 
     @classmethod
@@ -109,6 +111,5 @@ class PCMKSampler(PhaseNode):
         grid = chosen_grid(settings, num_phases, num_solver_steps)
         sigmas = phased_sigmas(model, grid, steps, denoise)
         drawn = sample_latent(model, seed, cfg, pcm_sampler(eta), sigmas, positive, negative, latent_image)
-        told = negative_prompt(cls.hidden.prompt, cls.hidden.unique_id) if cls.hidden else ""
-        said = advice(cfg, eta, settings, grid.num_phases, told)
-        return io.NodeOutput(drawn, ui=ui.PreviewText("\n".join(said)) if said else None)
+        said = advice(cfg, eta, settings, grid.num_phases, told_negative(cls))
+        return io.NodeOutput(drawn, ui=say(cls, stops_in_words(grid, steps, denoise), *said))

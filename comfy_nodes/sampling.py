@@ -71,6 +71,12 @@ def points_of(grid: PhaseGrid, steps: int, strength: float, name: str) -> tuple[
     return grid.stops(steps, strength)
 
 
+def stops_in_words(grid: PhaseGrid, steps: int, strength: float) -> str:
+    """Where the steps start, for a node's face."""
+    stops = grid.sampling_timesteps(steps, strength) if strength > 0 else ()
+    return f"timesteps {', '.join(map(str, stops))}" if stops else "nothing to do"
+
+
 def phased_sigmas(model: Any, grid: PhaseGrid, steps: int, denoise: float = 1.0) -> torch.Tensor:
     """The sigmas of `grid.stops`, (steps + 1,), the last 0; none for a denoise of 0.
 

@@ -33,6 +33,7 @@ LORAS = {
     "pcm_sdxl_smallcfg_4step_converted.safetensors": "xl_pcm_4phase.safetensors",
     "AnimateLCM_sd15_t2v_lora.safetensors": "lcm.safetensors",
 }
+TEXT = 3  # of the kinds of binary messages that ComfyUI sends
 # No welcome in the way, and text on nodes however small.
 FRONT_END_SETTINGS = {
     "Comfy.TutorialCompleted": True,
@@ -60,12 +61,14 @@ class Run:
         outputs: what its output nodes showed, by node id.
         messages: everything that came over the websocket, in order.
         previews: how many pictures came over it.
+        words: what the nodes showed on their faces.
     """
 
     status: str = ""
     outputs: dict[str, Any] = field(default_factory=dict)
     messages: list[dict[str, Any]] = field(default_factory=list)
     previews: int = 0
+    words: list[str] = field(default_factory=list)
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         """The data of messages of a kind."""
@@ -135,7 +138,11 @@ class Server:
             while not run.status:
                 received = connection.recv()
                 if isinstance(received, bytes):
-                    run.previews += 1
+                    if int.from_bytes(received[:4], "big") == TEXT:
+                        node_id_length = int.from_bytes(received[4:8], "big")
+                        run.words.append(received[8 + node_id_length :].decode())
+                    else:
+                        run.previews += 1
                     continue
                 message = json.loads(received)
                 if message["data"].get("prompt_id", prompt_id) != prompt_id:

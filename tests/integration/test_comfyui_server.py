@@ -222,7 +222,10 @@ def test_what_cannot_work_is_said_on_the_node(server, graph, words):
 
 
 def said(run):
-    return " ".join(text for output in run.outputs.values() for text in output.get("text", []))
+    """On the nodes' faces, and the same in their outputs."""
+    texts = [text for output in run.outputs.values() for text in output.get("text", [])]
+    assert texts == run.words
+    return " ".join(texts)
 
 
 def test_odd_combinations_work_and_are_pointed_out(server):
