@@ -133,7 +133,8 @@ def sample_edit(
         noise_sampler: draws z; needed when eta > 0.
         measurement_noise: standard deviation of the noise in the measurement, in units of [-1, 1]; 0: it is exact. Otherwise
             a step weighs picture against measurement by their variances.
-        picture_spread: for that weighing: x_0 at sigma_t is uncertain by spread * sigma_t, in units of [-1, 1].
+        picture_spread: for that weighing: x_0 is uncertain by spread * sigma_t, in units of [-1, 1], where sigma_t is the
+            variance-preserving one.
         callback: for previews and progress.
 
     Returns:
@@ -152,7 +153,8 @@ def sample_edit(
     picture = sample
     for i in range(steps):
         x0 = denoiser(sample, i)
-        weight = (picture_spread * sigmas[i] / measurement_noise) ** 2 if measurement_noise else None
+        share = sigmas[i] / math.hypot(alphas[i], sigmas[i])  # of noise in x_t, the same in every host's coordinates
+        weight = (picture_spread * share / measurement_noise) ** 2 if measurement_noise else None
         last = i + 1 == steps
         if last or projected[i]:
             picture = measured(codec.decode(x0), operator, measurement, weight)
