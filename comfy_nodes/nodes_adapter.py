@@ -26,12 +26,13 @@ def in_words(settings: AdapterSettings, stated: bool) -> str:
         stated: whether the file says something of itself.
     """
     grid = settings.grid
-    source = "inferred from the file's name or hash" if settings.inferred else "stated in the file"
-    family = f"{settings.base_model}, predicts {settings.prediction_type} ({source})"
+    source = "as this node says"
+    if stated:
+        source = f"{settings.base_model}, " + ("guessed from its name or hash" if settings.inferred else "as the file says")
+    wanted = f"{settings.num_inference_steps} steps, cfg {settings.guidance_scale:g}, eta {settings.eta:g}"
     return (
-        f"{family if stated else 'The file says nothing of itself; as the node says:'}\n"
-        f"{grid.num_phases} phases: {', '.join(map(str, grid.edges))}; {grid.num_solver_steps} solver steps\n"
-        f"recommended: {settings.num_inference_steps} steps, cfg {settings.guidance_scale:g}, eta {settings.eta:g}"
+        f"{grid.num_phases} phases, {wanted}\n({source})\n"
+        f"edges {', '.join(map(str, grid.edges))} of {grid.num_solver_steps} points; predicts {settings.prediction_type}"
     )
 
 

@@ -122,7 +122,7 @@ class EditNode(PhaseNode):
         image, error = Host(model, vae, positive, negative, cfg, seed).draw(task, grid, steps, eta, noise)
         said = [stops_in_words(grid, steps, task.strength)]
         if task.measurement.numel() and not task.measurement_noise:
-            said.append(f"off by at most {error:.2f} of 255 grey levels from what was to stay")
+            said.append(f"what was to stay is off by {error:.2f} grey levels")
         said += advice(cfg, eta, settings, grid.num_phases, told_negative(cls), editing=True)
         return io.NodeOutput(image, ui=say(cls, *said))
 
