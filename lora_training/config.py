@@ -122,7 +122,9 @@ class ObjectiveConfig:
     """What is learned.
 
     Attributes:
-        name: `pcm` jumps to the edge of the point's phase, `lcm` to the end of the ODE.
+        name: `pcm` jumps to the edge of the point's phase, `lcm` is the same with one phase, sampled with new noise; `ctm` to
+            any point on the way there (with one phase: CTM and TCD); `direct` to the edge, where the teacher's ODE, solved
+            all the way, ends; `ct` to the edge, from pictures alone, with no teacher.
         num_phases: M; `lcm` has one.
         progressive_phases: train on these numbers of phases one after the other, in equal parts of the run, such as 8, 4, 2;
             the last must be `num_phases`, which is what the file states. None of them: `num_phases` throughout.
@@ -134,10 +136,12 @@ class ObjectiveConfig:
         distance: of student and target, in latents, or `lpips` of the decoded pictures (for one phase, or late ones).
         lpips_weights: a `.safetensors` file with the state of `lpips.LPIPS(net="vgg")`.
         huber_c: the constant of the pseudo-Huber distance sqrt(d^2 + c^2) - c.
-        target_ema: decay of the running average of the adapter that makes the target; 0: the adapter itself.
+        target_ema: decay of the running average of the adapter that makes the target; 0: the adapter itself. With `ct` it is
+            mu_0, and grows towards 1 with the number of intervals.
+        ct_start: with `ct`, the intervals that the schedule is cut into at first; they grow to `num_solver_steps`.
     """
 
-    name: Literal["pcm", "lcm"] = "pcm"
+    name: Literal["pcm", "lcm", "ctm", "direct", "ct"] = "pcm"
     num_phases: int = 4
     progressive_phases: tuple[int, ...] = ()
     num_solver_steps: int = 50
@@ -148,6 +152,7 @@ class ObjectiveConfig:
     lpips_weights: str = ""
     huber_c: float = 0.001
     target_ema: float = 0.0
+    ct_start: int = 2
 
     @property
     def guidance_range(self) -> tuple[float, float]:
@@ -158,6 +163,25 @@ class ObjectiveConfig:
     def phases_by_stage(self) -> tuple[int, ...]:
         """The numbers of phases trained on, in order."""
         return self.progressive_phases or (self.num_phases,)
+
+
+@dataclass
+class AdversarialConfig:
+    """A critic beside the objective: heads on the teacher's features tell the student's landings from their targets.
+
+    Attributes:
+        weight: of its judgement in the student's loss; 0: there is no critic.
+        learning_rate: of the critic, constant.
+        critic_every: steps from one update of the critic to the next; the student is updated at every one.
+        heads: for each block of the teacher.
+        width: of a head, a multiple of 8.
+    """
+
+    weight: float = 0.0
+    learning_rate: float = 1e-5
+    critic_every: int = 1
+    heads: int = 4
+    width: int = 64
 
 
 @dataclass
@@ -246,6 +270,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
@@ -272,6 +297,20 @@ class TrainConfig:
             raise ValueError("lora.init_adapter goes on from an adapter, and trainable: unet has none. Set trainable: lora.")
         if self.objective.name == "lcm" and self.objective.num_phases != 1:
             raise ValueError(f"objective lcm has one phase; got num_phases={self.objective.num_phases}.")
+        if self.objective.name == "ct" and self.objective.guidance_scale != 1:
+            raise ValueError(
+                "objective ct has no teacher to guide: set objective.guidance_scale to 1, and data.caption_dropout above 0 for "
+                f"an adapter that is guided when sampled; got {self.objective.guidance_scale}."
+            )
+        if not 1 <= self.objective.ct_start <= self.objective.num_solver_steps:
+            raise ValueError(
+                f"objective.ct_start must be between 1 and objective.num_solver_steps={self.objective.num_solver_steps}; got "
+                f"{self.objective.ct_start}."
+            )
+        if self.adversarial.weight < 0:
+            raise ValueError(f"adversarial.weight must be 0 (no critic) or more; got {self.adversarial.weight}.")
+        if self.adversarial.width <= 0 or self.adversarial.width % 8:
+            raise ValueError(f"adversarial.width must be a positive multiple of 8; got {self.adversarial.width}.")
         low, high = self.objective.guidance_range
         if not 1 <= low <= high:
             raise ValueError(
@@ -293,6 +332,9 @@ class TrainConfig:
                 raise ValueError(f"{name} must be between 0 and 1; got {value}.")
         positive = {
             "objective.solver_skip": self.objective.solver_skip,
+            "adversarial.learning_rate": self.adversarial.learning_rate,
+            "adversarial.critic_every": self.adversarial.critic_every,
+            "adversarial.heads": self.adversarial.heads,
             "optimizer.gradient_accumulation": self.optimizer.gradient_accumulation,
             "data.resolution": self.data.resolution,
             "data.bucket_step": self.data.bucket_step,

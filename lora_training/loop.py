@@ -30,9 +30,10 @@ from .cpu import keep_freed_memory, use_plain_attention
 from .data.latent_cache import LatentCache, TrainingData
 from .data.sources import open_source
 from .data.stream import StreamingData
+from .discriminator import AdversarialLoss
 from .hub import push
 from .model_card import model_card
-from .objectives import ConsistencyObjective
+from .objectives import ConsistencyObjective, sampling_eta, target_decay
 from .optimizers import build_optimizer, learning_rate
 from .randomness import generator_of, seed_of
 from .sharding import shard_mesh
@@ -88,19 +89,36 @@ class Run:
         if not on_cpu:  # where memory is short, and every operation takes half precision
             self.backbone.unet.to(_DTYPES[config.mixed_precision])
         self.student = build_student(self.backbone, config, self.mesh)
-        self.parameters = self.student.parameters
         if config.gradient_checkpointing:
             self.backbone.unet.enable_gradient_checkpointing()
             self.backbone.unet.train()  # diffusers checkpoints in training mode only
         if config.compile:
             for unet in self.student.unets:
                 unet.compile_repeated_blocks(dynamic=config.data.aspect_buckets or None)
-        optimizer = build_optimizer(config.optimizer, self.parameters.values())
+        self.critic = self._build_critic()
+        optimizer = build_optimizer(config.optimizer, self.student.parameters.values())
+        if self.critic:
+            optimizer.add_param_group({"params": list(self.critic.parameters.values()), "lr": config.adversarial.learning_rate})
         # the UNet stays bare: only gradients of what is trained travel between processes, in _average_gradients or by FSDP
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.objectives = [ConsistencyObjective(self.backbone, grid, config.objective) for grid in self.grids]
         identity = {k: v for k, v in asdict(config).items() if k not in _NOT_IDENTITY}
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoints_kept, run=json.dumps(identity))
+
+    def _build_critic(self) -> AdversarialLoss | None:
+        config = self.config.adversarial
+        if config.weight == 0:
+            return None
+        if self.mesh is not None:
+            raise ValueError("adversarial.weight needs whole weights in every process: launch without FSDP, or set it to 0.")
+        if self.config.optimizer.name == "prodigy":
+            raise ValueError("prodigy has one step size for all, and the critic wants its own: set optimizer.name to adamw.")
+        return AdversarialLoss(self.backbone, config, self.config.seed)
+
+    @property
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """All that is trained, the critic's too."""
+        return self.student.parameters | (self.critic.parameters if self.critic else {})
 
     def _load_data(self) -> TrainingData | StreamingData:
         """Encode on the accelerator, then leave it to the UNet; a stream goes on encoding there."""
@@ -132,6 +150,9 @@ class Run:
         names = (config.seed, self.accelerator.process_index, step)
         torch.manual_seed(seed_of(*names))  # dropout
         objective = self.objectives[step * len(self.objectives) // config.optimizer.steps]
+        progress = step / config.optimizer.steps
+        if self.critic:
+            self.critic.step = step
         empty = {name: tensor.to(device, torch.float32) for name, tensor in self.data.empty.items()}
         total = 0.0
         self.optimizer.zero_grad()
@@ -139,7 +160,7 @@ class Run:
             generator = generator_of(*names, micro)
             batch = self.data.draw(config.optimizer.batch_size, generator, device, config.data.caption_dropout)
             with self.accelerator.autocast():
-                loss = objective(*batch, empty, generator) / config.optimizer.gradient_accumulation
+                loss = objective(*batch, empty, generator, progress, self.critic) / config.optimizer.gradient_accumulation
             self.accelerator.backward(loss)
             total += loss.item()
         total = self._agreed(total)
@@ -148,11 +169,10 @@ class Run:
         parameters = list(self.parameters.values())
         if self.mesh is None:
             _average_gradients(self.accelerator, parameters)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config.optimizer, step)
-        self.accelerator.clip_grad_norm_(parameters, config.optimizer.max_grad_norm)
+        self.optimizer.param_groups[0]["lr"] = learning_rate(config.optimizer, step)  # the critic's own is constant
+        self.accelerator.clip_grad_norm_(self.student.parameters.values(), config.optimizer.max_grad_norm)
         self.optimizer.step()
-        self.student.update_target(config.objective.target_ema)
+        self.student.update_target(target_decay(config.objective, progress))
         return total
 
     def _agreed(self, value: float) -> float:
@@ -272,8 +292,8 @@ class Run:
 
     @property
     def eta(self) -> float:
-        """How the adapter is sampled: LCM draws noise anew between steps, PCM does not."""
-        return 1.0 if self.config.objective.name == "lcm" else 0.0
+        """How the adapter is sampled."""
+        return sampling_eta(self.config.objective)
 
     def write(self) -> None:
         """The file that people load, and its card in the run's folder."""

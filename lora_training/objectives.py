@@ -1,10 +1,23 @@
 """What is learned: where the student jumps to, and what it should meet there.
 
-Both objectives here are one loss on different grids (`lcm` is one phase): the jump from x_n to the edge of its phase
-must land where the jump from the teacher's next point lands (arXiv 2405.18407, Eq. 7).
+Every objective is one loss: the jump from x_n to a stop must land where the jump from a point below n, on the way there,
+lands (arXiv 2405.18407, Eq. 7). They differ in the stop and in where that point comes from:
+
+| | stop | the point below |
+|---|---|---|
+| pcm, lcm (one phase) | the edge of n's phase | one step of the teacher |
+| ctm | any point from the edge to there | one step of the teacher (arXiv 2310.02279, 2402.19159) |
+| direct | the edge | the teacher's ODE solved to the stop (arXiv 2411.08954) |
+| ct | the edge | the same noise at a lower level, no teacher (arXiv 2303.01469, Algorithm 3) |
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,7 +29,134 @@ from .backbones import Backbone, Conditioning
 from .backbones.conditioning import expanded
 from .config import ObjectiveConfig
 from .distances import build_distance
-from .teacher import SOLVERS, Levels, guided_prediction
+from .teacher import SOLVERS, Levels, Prediction, guided_prediction
+
+if TYPE_CHECKING:
+    from .discriminator import AdversarialLoss
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a batch of jumps begins.
+
+    Attributes:
+        n: points of the solver's grid, (B,).
+        edge: of their phases, (B,).
+        latents, noise, sample: x_0, eps and x_n, (B, 4, h, w).
+        teacher: its x_0, guided; None if the objective has none.
+    """
+
+    n: torch.Tensor
+    edge: torch.Tensor
+    latents: torch.Tensor
+    noise: torch.Tensor
+    sample: torch.Tensor
+    teacher: Prediction | None
+
+
+@dataclass(frozen=True)
+class Landing:
+    """Where a batch of jumps ends: points `stop` (B,), and there the student's and the target's sample, (B, 4, h, w)."""
+
+    stop: torch.Tensor
+    landed: torch.Tensor
+    target: torch.Tensor
+
+
+def to_edge(start: Start, below: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """The edge of the phase."""
+    return start.edge
+
+
+def to_any_point(start: Start, below: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Uniform from the edge to the point below, both included."""
+    share = torch.rand(len(start.n), generator=generator).to(start.n.device)
+    return start.edge + (share * (below - start.edge + 1)).long()
+
+
+Stop = Callable[[Start, torch.Tensor, torch.Generator], torch.Tensor]
+"""(start, points below, generator) -> stops, (B,)."""
+
+Descend = Callable[["ConsistencyObjective", Start, torch.Tensor], torch.Tensor]
+"""(objective, start, points below) -> samples there, (B, 4, h, w)."""
+
+
+def one_step(objective: ConsistencyObjective, start: Start, below: torch.Tensor) -> torch.Tensor:
+    """One step of the teacher's solver."""
+    assert start.teacher is not None
+    return objective.solver(start.teacher, objective.levels, start.sample, start.n, below)
+
+
+def all_the_way(objective: ConsistencyObjective, start: Start, below: torch.Tensor) -> torch.Tensor:
+    """As many steps of the teacher's solver as lead there; samples that have arrived stay."""
+    assert start.teacher is not None
+    sample, at = start.sample, start.n
+    skip = objective.config.solver_skip
+    for _ in range(-(-objective.longest_phase // skip)):
+        to = torch.maximum(at - skip, below)
+        stepped = objective.solver(start.teacher, objective.levels, sample, at, to)
+        sample = torch.where((at == to).view(-1, 1, 1, 1), sample, stepped)
+        at = to
+    return sample
+
+
+def same_noise(objective: ConsistencyObjective, start: Start, below: torch.Tensor) -> torch.Tensor:
+    """x_0 with less of the same noise: on average a step of the data's own ODE."""
+    alpha, sigma = objective.levels(below)
+    return alpha * start.latents + sigma * start.noise
+
+
+@dataclass(frozen=True)
+class Kind:
+    """An objective.
+
+    Attributes:
+        stop: where the jump ends.
+        descend: how the sample below is made.
+        to_the_edge: the point below is the edge, and not one a few points below n.
+        taught: there is a teacher.
+        one_phase_eta: how an adapter of one phase is sampled by default.
+    """
+
+    stop: Stop = to_edge
+    descend: Descend = one_step
+    to_the_edge: bool = False
+    taught: bool = True
+    one_phase_eta: float = 0.0
+
+
+KINDS = {
+    "pcm": Kind(),
+    "lcm": Kind(one_phase_eta=1.0),
+    "ctm": Kind(stop=to_any_point),
+    "direct": Kind(descend=all_the_way, to_the_edge=True, one_phase_eta=1.0),
+    "ct": Kind(descend=same_noise, taught=False, one_phase_eta=1.0),
+}
+
+
+def sampling_eta(config: ObjectiveConfig) -> float:
+    """How the adapter is sampled: to the end of the ODE and with new noise from there, or from edge to edge."""
+    return KINDS[config.name].one_phase_eta if config.num_phases == 1 else 0.0
+
+
+def discretization(config: ObjectiveConfig, progress: float) -> int:
+    """N(k) of consistency training: how many intervals the schedule has by now (arXiv 2303.01469, Appendix C).
+
+    ceil(sqrt(k/K ((N+1)^2 - s_0^2) + s_0^2) - 1) + 1, from s_0 up to at most N.
+
+    Args:
+        config: s_0 is `ct_start`, N `num_solver_steps`.
+        progress: k / K, in [0, 1].
+    """
+    first, last = config.ct_start, config.num_solver_steps
+    return min(math.ceil(math.sqrt(progress * ((last + 1) ** 2 - first**2) + first**2) - 1) + 1, last)
+
+
+def target_decay(config: ObjectiveConfig, progress: float) -> float:
+    """Of the running average of the student: `target_ema`, or with `ct` mu(k) = exp(s_0 log mu_0 / N(k)) (ibid.)."""
+    if config.name != "ct" or config.target_ema == 0:
+        return config.target_ema
+    return math.exp(config.ct_start * math.log(config.target_ema) / discretization(config, progress))
 
 
 class ConsistencyObjective:
@@ -25,7 +165,7 @@ class ConsistencyObjective:
     Args:
         backbone: student and teacher in one.
         grid: solver points and edges.
-        config: solver, guidance and distance.
+        config: which objective; solver, guidance and distance.
     """
 
     def __init__(self, backbone: Backbone, grid: PhaseGrid, config: ObjectiveConfig):
@@ -35,22 +175,56 @@ class ConsistencyObjective:
         self.levels = Levels(
             stops.to(device), backbone.alphas[stops].float().to(device), backbone.sigmas[stops].float().to(device)
         )
-        self.solver, self.distance = SOLVERS[config.solver], build_distance(config, backbone)
+        self.kind, self.solver, self.distance = KINDS[config.name], SOLVERS[config.solver], build_distance(config, backbone)
+        self.longest_phase = max(b - a for a, b in pairwise(grid.edge_indices))
 
-    def jump_to_edge(
-        self, sample: torch.Tensor, n: torch.Tensor, edge: torch.Tensor, conditioning: Conditioning
-    ) -> torch.Tensor:
-        """The student's f(x_n -> edge), (B, 4, h, w) float32; the identity where n is the edge."""
+    def jump_to(self, sample: torch.Tensor, n: torch.Tensor, stop: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """The student's f(x_n -> stop), (B, 4, h, w) float32; the identity where n is the stop."""
         alpha, sigma = self.levels(n)
         output = self.backbone.predict(sample, self.levels.timesteps[n], conditioning)
         x0, _ = predict_x0_and_epsilon(output, sample, alpha, sigma, self.backbone.prediction_type)
-        landed = jump(sample, x0, alpha, sigma, *self.levels(edge))
-        return torch.where((n == edge).view(-1, 1, 1, 1), sample, landed)
+        landed = jump(sample, x0, alpha, sigma, *self.levels(stop))
+        return torch.where((n == stop).view(-1, 1, 1, 1), sample, landed)
 
     def draw_guidance(self, batch: int, generator: torch.Generator) -> torch.Tensor:
         """g of every sample, (batch,), uniform in the configured range; on the CPU."""
         low, high = self.config.guidance_range
         return low + (high - low) * torch.rand(batch, generator=generator) if high > low else torch.full((batch,), low)
+
+    def land(
+        self,
+        latents: torch.Tensor,
+        conditioning: Conditioning,
+        empty: Conditioning,
+        generator: torch.Generator,
+        progress: float = 1.0,
+    ) -> Landing:
+        """A batch of jumps; arguments as of `__call__`."""
+        batch, device, kind = len(latents), latents.device, self.kind
+        n = torch.randint(1, self.grid.num_solver_steps + 1, (batch,), generator=generator).to(device)
+        noise = torch.randn(latents.shape, generator=generator).to(device)
+        edge = self.grid.target(n)
+        alpha, sigma = self.levels(n)
+        sample = alpha * latents + sigma * noise
+        teacher = None
+        if kind.taught:
+            guidance = self.draw_guidance(batch, generator)
+            teacher = guided_prediction(self.backbone, self.levels, conditioning, expanded(empty, batch), guidance)
+        start = Start(n, edge, latents, noise, sample, teacher)
+        below = edge if kind.to_the_edge else torch.maximum(n - self.skip(progress), edge)  # at most down to the edge
+        stop = kind.stop(start, below, generator)
+        with torch.no_grad():
+            sample_below = kind.descend(self, start, below)
+        landed = self.jump_to(sample, n, stop, conditioning)  # before the target: autocast caches casts with their history
+        with torch.no_grad(), self.backbone.target():
+            target = sample_below if kind.to_the_edge else self.jump_to(sample_below, below, stop, conditioning)
+        return Landing(stop, landed, target)
+
+    def skip(self, progress: float) -> int:
+        """Points of the grid from n to the point below."""
+        if self.kind.taught:
+            return self.config.solver_skip
+        return max(1, round(self.grid.num_solver_steps / discretization(self.config, progress)))
 
     def __call__(
         self,
@@ -58,6 +232,8 @@ class ConsistencyObjective:
         conditioning: Conditioning,
         empty: Conditioning,
         generator: torch.Generator,
+        progress: float = 1.0,
+        critic: AdversarialLoss | None = None,
     ) -> torch.Tensor:
         """The loss of a batch.
 
@@ -66,19 +242,9 @@ class ConsistencyObjective:
             conditioning: of the batch, (B, ...) each.
             empty: of the unguided half, (1, ...) each.
             generator: on the CPU, so that every device draws the same.
+            progress: share of the run that is done, for schedules.
+            critic: adds its own loss and what it thinks of the landing.
         """
-        batch, device = len(latents), latents.device
-        n = torch.randint(1, self.grid.num_solver_steps + 1, (batch,), generator=generator).to(device)
-        noise = torch.randn(latents.shape, generator=generator).to(device)
-        edge = self.grid.target(n)
-        lower = torch.maximum(n - self.config.solver_skip, edge)  # the solver, too, stops at the edge
-        alpha, sigma = self.levels(n)
-        sample = alpha * latents + sigma * noise
-        teacher = guided_prediction(
-            self.backbone, self.levels, conditioning, expanded(empty, batch), self.draw_guidance(batch, generator)
-        )
-        below = self.solver(teacher, self.levels, sample, n, lower)
-        landed = self.jump_to_edge(sample, n, edge, conditioning)  # before the target: autocast caches casts with their history
-        with torch.no_grad(), self.backbone.target():
-            target = self.jump_to_edge(below, lower, edge, conditioning)
-        return self.distance(landed, target, self.levels(edge)[0])
+        landing = self.land(latents, conditioning, empty, generator, progress)
+        loss = self.distance(landing.landed, landing.target, self.levels(landing.stop)[0])
+        return loss if critic is None else loss + critic(landing, self, conditioning, generator)

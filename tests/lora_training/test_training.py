@@ -20,6 +20,7 @@ from peft import LoraConfig as PeftLoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_model
+from training_runs import batch_for, config_for, losses_of, stop_at
 from write_dataset import write_dataset
 
 from lora_training.backbones import load_backbone
@@ -27,13 +28,10 @@ from lora_training.backbones.conditioning import expanded
 from lora_training.backbones.full_size import ADAPTED_MODULES, UNET_CONFIGS
 from lora_training.checkpoint import load_checkpoint, save_checkpoint
 from lora_training.config import (
-    DataConfig,
     LoraConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
-    SamplingConfig,
-    TrainConfig,
     ValidationConfig,
 )
 from lora_training.cpu import use_plain_attention
@@ -63,20 +61,6 @@ def pictures(tmp_path_factory):
     return folder
 
 
-def config_for(pictures, output, steps=4, **kwargs):
-    return TrainConfig(
-        model=ModelConfig(path=str(MODEL_DIR)),
-        data=DataConfig(path=str(pictures), resolution=128, cache=str(pictures / "cache")),
-        lora=LoraConfig(rank=4, alpha=2.0),
-        objective=ObjectiveConfig(guidance_scale=3.0),
-        optimizer=OptimizerConfig(learning_rate=1e-3, batch_size=2, steps=steps, schedule="cosine"),
-        sampling=SamplingConfig(guidance_scale=1.5),
-        validation=ValidationConfig(steps=(1, 2), guidance_scales=(1.0,)),
-        output=str(output),
-        **kwargs,
-    )
-
-
 def test_a_run_writes_a_file_that_loads_and_changes_the_picture(pictures, tmp_path):
     output = run(config_for(pictures, tmp_path / "adapter.safetensors"))
     settings = read_settings(output)
@@ -90,27 +74,6 @@ def test_a_run_writes_a_file_that_loads_and_changes_the_picture(pictures, tmp_pa
     pipe.disable_lora()
     plain = pipe("a red star", latents=noise, num_inference_steps=4, output_type="pt").images
     assert (adapted - plain).abs().max() > 1e-3
-
-
-def losses_of(monkeypatch):
-    """Every loss that a run computes, in order."""
-    seen = []
-    original = Run.step
-    monkeypatch.setattr(Run, "step", lambda self, step: seen.append(original(self, step)) or seen[-1])
-    return seen
-
-
-def stop_at(monkeypatch, step):
-    """SIGTERM in the middle of step `step`."""
-    original = ConsistencyObjective.__call__
-    calls = iter(range(10**6))
-
-    def interrupted(self, *args):
-        if next(calls) == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, *args)
-
-    monkeypatch.setattr(ConsistencyObjective, "__call__", interrupted)
 
 
 @pytest.mark.parametrize(
@@ -233,12 +196,6 @@ def backbone():
     return load_backbone(ModelConfig(path=str(MODEL_DIR)))
 
 
-def batch_for(backbone, count=3):
-    generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(count, 4, 16, 16, generator=generator)
-    return latents, backbone.encode_prompts(["a red star"] * count), backbone.encode_prompts([""])
-
-
 def test_the_teacher_is_the_same_network_bit_for_bit():
     backbone = load_backbone(ModelConfig(path=str(MODEL_DIR)))
     latents, embeds, _ = batch_for(backbone)
@@ -319,7 +276,7 @@ def test_the_jump_is_the_identity_at_the_edge_and_the_loss_vanishes_one_point_ab
     unguided = ObjectiveConfig(num_phases=50, guidance_scale=1.0)
     objective = ConsistencyObjective(backbone, grid, unguided)
     n = torch.tensor([0, 12, 50])
-    assert torch.equal(objective.jump_to_edge(latents, n, n, told), latents)
+    assert torch.equal(objective.jump_to(latents, n, n, told), latents)
     with_adapter = load_backbone(ModelConfig(path=str(MODEL_DIR)))
     Adapter(with_adapter, LoraConfig(rank=2), seed=0)  # initialised to no effect
     loss = ConsistencyObjective(with_adapter, grid, unguided)(latents, told, empty, torch.Generator().manual_seed(0))
