@@ -1,0 +1,191 @@
+"""Train and measure what the report compares: the objectives, and the four-phase adapter with one setting changed.
+
+    python examples/shapes/ablate.py                  every variant that has no figures yet, one after the other
+    python examples/shapes/ablate.py --only 'ct|ctm'  those whose names match
+    python examples/shapes/ablate.py --list
+
+All have the same data, batch, seed and updates; each its best sampling guidance of the same three, by the distance of 512
+pictures of other scenes at 4 steps. A variant takes about twenty minutes on one core, and its figures are a small file in
+`ablations/`, with the command and the configuration that made it. Interrupted runs go on where they stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from evaluate import (
+    STEPS,
+    TEACHER_STEPS,
+    Judge,
+    Studio,
+    add_reference,
+    distance,
+    held_out_scenes,
+    model_fingerprint,
+    noise,
+    prompts_of,
+    teacher_pictures,
+)
+from write_dataset import write_dataset
+
+from lora_training.config import TrainConfig
+from lora_training.loop import run
+from lora_training.train import parse
+
+from model import HERE, RUNS_DIR
+from scenes import SEARCH_SEED
+
+CONFIG = HERE.parent / "configs" / "shapes_pcm4.yaml"
+FIGURES = HERE / "ablations"
+UPDATES = 500
+IMAGES, SEARCH_IMAGES = 2048, 512
+REFERENCE_NOISE, NOISE, SEARCH_NOISE = 1, 2, 2
+GUIDANCE_SCALES = (1.0, 1.5, 2.0)
+ONE_PHASE = {"objective.num_phases": 1, "optimizer.learning_rate": 1e-4}  # what the search for LCM chose
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A run.
+
+    Attributes:
+        name: of its files.
+        table: of the report, in which it is a row.
+        settings: what differs from the base configuration.
+        seed: of training.
+    """
+
+    name: str
+    table: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    @property
+    def arguments(self) -> list[str]:
+        """For the trainer's command line."""
+        settings = {"optimizer.steps": UPDATES, "seed": self.seed} | self.settings
+        return ["--config", str(CONFIG), *(part for key, value in settings.items() for part in (f"--{key}", str(value)))]
+
+
+def variants() -> list[Variant]:
+    """Every row, the more telling ones first."""
+    objectives: dict[str, dict[str, Any]] = {
+        "pcm-4": {},
+        "lcm": ONE_PHASE | {"objective.name": "lcm"},
+        "ctm": ONE_PHASE | {"objective.name": "ctm"},
+        "direct": ONE_PHASE | {"objective.name": "direct", "objective.solver_skip": 5},
+        "ct": ONE_PHASE | {"objective.name": "ct", "objective.guidance_scale": 1.0, "data.caption_dropout": 0.1},
+        "pcm-4-adversarial": {"adversarial.weight": 0.1},
+        "pcm-1-adversarial": ONE_PHASE | {"adversarial.weight": 0.1},
+    }
+    changes: dict[str, dict[str, dict[str, Any]]] = {
+        "phases": {f"pcm-{m}": {"objective.num_phases": m} for m in (1, 2, 8)},
+        "critic": {
+            "pcm-4-adversarial-strong": {"adversarial.weight": 1.0},
+            "pcm-4-adversarial-fast": {"adversarial.weight": 0.1, "adversarial.learning_rate": 1e-4},
+        },
+        "direct": {
+            "direct-4": {"objective.name": "direct", "objective.solver_skip": 4},
+            "direct-100": ONE_PHASE
+            | {"objective.name": "direct", "objective.solver_skip": 10, "objective.num_solver_steps": 100},
+            "direct-unguided": ONE_PHASE
+            | {"objective.name": "direct", "objective.solver_skip": 5, "objective.guidance_scale": 1.0},
+            "pcm-1-unguided": ONE_PHASE | {"objective.guidance_scale": 1.0},
+        },
+        "distance": {"l2": {"objective.distance": "l2"}, "l1": {"objective.distance": "l1"}},
+        "solver": {name: {"objective.solver": name} for name in ("heun", "dpmpp_2m")},
+        "solver steps": {f"n-{n}": {"objective.num_solver_steps": n} for n in (20, 40, 100)},
+        "rank": {f"rank-{r}": {"lora.rank": r} for r in (8, 64)},
+        "guidance": {"unguided": {"objective.guidance_scale": 1.0, "data.caption_dropout": 0.1}},
+        "consistency training": {"ct-4": objectives["ct"] | {"objective.num_phases": 4}},
+        "trajectory": {"ctm-4": {"objective.name": "ctm"}},
+        "target": {"ema-0.95": {"objective.target_ema": 0.95}},
+    }
+    rows = [Variant(name, "objectives", settings) for name, settings in objectives.items()]
+    rows += [Variant(name, table, settings) for table, group in changes.items() for name, settings in group.items()]
+    main = ("pcm-4", "lcm", "ctm", "direct", "pcm-4-adversarial", "pcm-1-adversarial")
+    rows += [Variant(f"{name}-seed{seed}", "objectives", objectives[name], seed) for seed in (1, 2) for name in main]
+    return rows
+
+
+def configuration(variant: Variant) -> TrainConfig:
+    """What the trainer is told."""
+    path = RUNS_DIR / "ablations" / model_fingerprint() / f"{variant.name}.safetensors"
+    config = parse([*variant.arguments, "--output", str(path)])
+    return dataclasses.replace(config, title=f"Shapes, {variant.name}")
+
+
+def identity(config: TrainConfig) -> str:
+    """Changes when the model or anything of the configuration does that makes other weights."""
+    plain = dataclasses.asdict(dataclasses.replace(config, output="a.safetensors", checkpoint_every=1))
+    return hashlib.sha256(json.dumps([model_fingerprint(), plain], sort_keys=True).encode()).hexdigest()[:12]
+
+
+def best_guidance(studio: Studio, jury: Judge, name: str) -> float:
+    """Of the three, by distance at 4 steps on other scenes."""
+    prompts, latents = prompts_of(held_out_scenes(SEARCH_IMAGES, SEARCH_SEED)), noise(SEARCH_IMAGES, SEARCH_NOISE)
+    metric = jury.frechet()
+    add_reference(metric, teacher_pictures(Studio(adapters={}, fast=True), prompts, REFERENCE_NOISE, TEACHER_STEPS))
+    found = {}
+    for guidance_scale in GUIDANCE_SCALES:
+        method = dataclasses.replace(studio.methods[name], guidance_scale=guidance_scale)
+        found[guidance_scale] = distance(metric, studio.generate(method, prompts, latents, 4))
+    return min(found, key=lambda guidance_scale: found[guidance_scale])
+
+
+def measure(path: Path) -> dict[str, Any]:
+    """Distance and alignment of an adapter at every number of steps, and its consistency."""
+    studio, jury = Studio({path.stem: path}, fast=True), Judge()
+    guidance_scale = best_guidance(studio, jury, path.stem)
+    method = dataclasses.replace(studio.methods[path.stem], guidance_scale=guidance_scale)
+    scenes, latents = held_out_scenes(IMAGES), noise(IMAGES, NOISE)
+    prompts, figures = prompts_of(scenes), {}
+    pictures: dict[int, torch.Tensor] = {}
+    for steps in STEPS:
+        pictures[steps] = studio.generate(method, prompts, latents, steps, progress=f"{path.stem}, {steps} steps")
+        right = jury.alignment(pictures[steps], scenes)
+        figures[str(steps)] = {"frechet": jury.frechet_to_teacher(pictures[steps])} | right
+    consistency = jury.consistency(pictures[STEPS[0]], pictures[STEPS[-1]])
+    return {"guidance_scale": guidance_scale, "eta": method.eta, "images": IMAGES, "steps": figures, "consistency": consistency}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="a regular expression: those whose whole name matches")
+    parser.add_argument("--list", action="store_true", help="name them, and whether they have figures")
+    args = parser.parse_args()
+    for variant in variants():
+        if args.only and not re.fullmatch(args.only, variant.name):
+            continue
+        config, file = configuration(variant), FIGURES / f"{variant.name}.json"
+        made = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        done = made.get("identity") == identity(config)
+        if args.list:
+            print(f"{variant.name:30} {'measured' if done else ''}")
+        if args.list or done:
+            continue
+        write_dataset(Path(config.data.path), 8192)
+        path = Path(config.output)
+        if not path.exists():
+            run(config)
+        command = f"python examples/shapes/ablate.py --only {variant.name}"
+        figures = {"name": variant.name, "table": variant.table, "settings": variant.settings, "seed": variant.seed}
+        figures |= {"updates": UPDATES, "identity": identity(config), "command": command} | measure(path)
+        FIGURES.mkdir(exist_ok=True)
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(file)
+        print(f"{variant.name}: {figures['steps']['4']}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
