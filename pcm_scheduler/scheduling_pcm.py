@@ -87,6 +87,10 @@ class PCMScheduler(SchedulerMixin, ConfigMixin):
             The number of points of the solver's grid in training: 50 for published SD1.5 adapters, 40 for SDXL.
         final_sigmas_type (`str`, defaults to `"zero"`):
             Where the last step ends: `zero` at `x_0`; `sigma_min` at timestep 0, where training's last phase ends.
+        timesteps (`list[int]`, *optional*):
+            Stops to use instead of the grid's own whenever as many steps are asked for as there are, e.g. what
+            `time_search.search_timesteps` found: points of the grid, strictly decreasing. Other numbers of steps, and
+            `set_timesteps(strength=...)` below 1, keep the grid's own.
     """
 
     _compatibles: ClassVar[list[str]] = [e.name for e in KarrasDiffusionSchedulers]
@@ -106,6 +110,7 @@ class PCMScheduler(SchedulerMixin, ConfigMixin):
         phase_edges: Sequence[int] | None = None,
         num_solver_steps: int = 50,
         final_sigmas_type: str = "zero",
+        timesteps: Sequence[int] | None = None,
     ):
         if "_use_default_values" in self.config:
             self._state_defaults()
@@ -126,6 +131,15 @@ class PCMScheduler(SchedulerMixin, ConfigMixin):
             if phase_edges is None
             else PhaseGrid.from_timesteps(phase_edges, num_solver_steps, num_train_timesteps)
         )
+        if timesteps is not None:
+            starts = self.grid.timesteps[1:]  # from timestep 0, where training ends, no step starts
+            off = [t for t in self._check_timesteps(timesteps) if t not in starts]
+            if off:
+                nearest = min(starts, key=lambda t: abs(t - off[0]))
+                raise ValueError(
+                    f"timesteps {off} are not points of the grid of {num_solver_steps} solver steps where a step can start; "
+                    f"the nearest to {off[0]} is {nearest}."
+                )
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         self.timesteps = torch.tensor(self.grid.sampling_timesteps(self.grid.num_phases))
@@ -143,13 +157,16 @@ class PCMScheduler(SchedulerMixin, ConfigMixin):
         Build the scheduler from another scheduler's config; keyword arguments override it.
 
         Unlike diffusers' own, values that the source held by default are kept: an in-memory
-        `DDIMScheduler(beta_schedule="linear")` stays at its betas of 1e-4 to 0.02. A new `num_phases` replaces `phase_edges`.
+        `DDIMScheduler(beta_schedule="linear")` stays at its betas of 1e-4 to 0.02. A new `num_phases` replaces `phase_edges`,
+        and anything new about the grid drops `timesteps`, which were chosen on the old one.
         """
         in_memory = isinstance(config, dict) and "_use_default_values" in config
         if isinstance(config, dict):
             config = {key: value for key, value in config.items() if key != "_use_default_values"}
             if "num_phases" in kwargs:
                 kwargs.setdefault("phase_edges", None)
+            if kwargs.keys() & {"num_phases", "phase_edges", "num_solver_steps", "num_train_timesteps"}:
+                kwargs.setdefault("timesteps", None)
         result = super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
         if in_memory:
             (result[0] if return_unused_kwargs else result)._state_defaults()
@@ -203,7 +220,7 @@ class PCMScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             num_inference_steps (`int`, *optional*):
-                1 to `num_solver_steps`.
+                1 to `num_solver_steps`. The configured `timesteps` are used if they are this many.
             device (`str` or `torch.device`, *optional*):
                 Where `timesteps` lie.
             timesteps (`list[int]`, *optional*):
@@ -222,9 +239,19 @@ class PCMScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"There are {len(self.alphas_cumprod)} betas for num_train_timesteps={len(self)}; they must be equally many."
             )
+        configured = self.config.timesteps
         if num_inference_steps is None:
             assert timesteps is not None
             stops = self._check_timesteps(timesteps)
+            off = [t for t in stops if t not in self.grid.timesteps]
+            if off:
+                warnings.warn(
+                    f"Timesteps {off} are not points of the grid of {self.grid.num_solver_steps} solver steps that the phases "
+                    f"are cut from; edges are {list(self.grid.edges)}. Sampling works, but not where the adapter was trained.",
+                    stacklevel=2,
+                )
+        elif configured is not None and len(configured) == num_inference_steps and strength == 1:
+            stops = list(configured)
         else:
             stops = list(self.grid.sampling_timesteps(num_inference_steps, strength))
         proper = self.betas.max() <= 1  # others were warned about
@@ -261,13 +288,6 @@ class PCMScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"timesteps must be integers from {top} to 0; got {values}.")
         if any(b >= a for a, b in pairwise(stops)):
             raise ValueError(f"timesteps must decrease strictly; got {stops}.")
-        off = [t for t in stops if t not in self.grid.timesteps]
-        if off:
-            warnings.warn(
-                f"Timesteps {off} are not points of the grid of {self.grid.num_solver_steps} solver steps that the phases are "
-                f"cut from; edges are {list(self.grid.edges)}. Sampling works, but not where the adapter was trained.",
-                stacklevel=3,
-            )
         return stops
 
     def index_for_timestep(self, timestep: int | torch.Tensor, schedule_timesteps: torch.Tensor | None = None) -> int:

@@ -117,6 +117,18 @@ def test_image_to_image_starts_at_a_stop(pipe, strength):
     assert visited == stops[10 - int(10 * strength) :]
 
 
+def test_image_to_image_starts_at_a_configured_stop(pipe):
+    chosen = [999, 739, 659, 499, 239, 59]
+    pipe.scheduler = PCMScheduler.from_config(pipe.scheduler.config, timesteps=chosen)
+    edit, visited = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False), []
+    edit.set_progress_bar_config(disable=True)
+    call(
+        edit, image=Image.new("RGB", (128, 128), "teal"), strength=0.5, num_inference_steps=6, guidance_scale=1.0,
+        callback_on_step_end=lambda p, i, t, kw: visited.append(int(t)) or kw,
+    )  # fmt: skip
+    assert visited == chosen[3:]
+
+
 def test_image_to_image_with_little_strength_keeps_the_picture(pipe):
     """No noise may be left in the result, LCMScheduler's known fault."""
     original = call(pipe, prompt="a large red star in the center on a plain sky background", latents=noise())

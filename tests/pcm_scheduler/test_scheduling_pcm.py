@@ -156,6 +156,39 @@ def test_strength_keeps_all_steps_below_it():
     assert scheduler.timesteps.tolist() == [599, 539, 499, 239]
 
 
+def test_configured_timesteps_are_used_for_as_many_steps_as_they_are():
+    chosen = [999, 739, 659, 499, 239, 59]
+    scheduler = PCMScheduler(timesteps=chosen)
+    scheduler.set_timesteps(6)
+    assert scheduler.timesteps.tolist() == chosen
+    configured = run(scheduler, torch.ones(1, 4, 8, 8))
+    scheduler.set_timesteps(timesteps=chosen)
+    assert torch.equal(run(scheduler, torch.ones(1, 4, 8, 8)), configured)
+    for steps in (1, 4, 5, 8, 50):
+        scheduler.set_timesteps(steps)
+        assert tuple(scheduler.timesteps.tolist()) == scheduler.grid.sampling_timesteps(steps)
+    scheduler.set_timesteps(6, strength=0.6)
+    assert tuple(scheduler.timesteps.tolist()) == scheduler.grid.sampling_timesteps(6, 0.6)
+    scheduler.set_timesteps(timesteps=[999, 859, 739, 619, 499, 239])
+    assert scheduler.timesteps.tolist() == [999, 859, 739, 619, 499, 239]
+    with pytest.raises(ValueError, match="1 to 50"):
+        scheduler.set_timesteps(0)
+
+
+def test_image_to_image_begins_among_configured_timesteps():
+    """As stock pipelines do it: the first steps are dropped, `set_begin_index` says how many."""
+    scheduler = PCMScheduler(timesteps=[999, 739, 659, 499, 239, 59])
+    scheduler.set_timesteps(6)
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    scheduler.set_begin_index(3)
+    begun = x
+    for t in scheduler.timesteps[3:]:
+        begun = scheduler.step(0.3 * begun, t, begun).prev_sample
+    assert scheduler.step_index == 6
+    scheduler.set_timesteps(timesteps=[499, 239, 59])
+    torch.testing.assert_close(begun, run(scheduler, x, lambda x, t: 0.3 * x))
+
+
 # ------------------------------------------------------------------------------------------ configuration
 
 
@@ -235,6 +268,39 @@ def test_save_and_load(tmp_path):
     assert json.loads((tmp_path / "scheduler_config.json").read_text())["phase_edges"] == [999, 499]
 
 
+@pytest.mark.parametrize("via", ["memory", "disk", "DDIM"])
+def test_configured_timesteps_travel(via, tmp_path):
+    source = PCMScheduler(timesteps=(999, 739, 499, 239, 59))
+    if via == "disk":
+        source.save_pretrained(tmp_path)
+        again = PCMScheduler.from_pretrained(tmp_path)
+        assert json.loads((tmp_path / "scheduler_config.json").read_text())["timesteps"] == [999, 739, 499, 239, 59]
+    else:
+        config = DDIMScheduler.from_config(source.config).config if via == "DDIM" else source.config
+        again = PCMScheduler.from_config(config)
+    again.set_timesteps(5)
+    assert again.timesteps.tolist() == [999, 739, 499, 239, 59]
+    assert PCMScheduler.from_config(again.config, timesteps=None).config.timesteps is None
+
+
+@pytest.mark.parametrize("new", [{"num_phases": 8}, {"phase_edges": [999, 499]}, {"num_solver_steps": 40}])
+@pytest.mark.parametrize("via", ["memory", "disk"])
+def test_another_grid_drops_configured_timesteps(new, via, tmp_path):
+    source = PCMScheduler(timesteps=[999, 739, 499, 239, 59])
+    source.save_pretrained(tmp_path)
+
+    def again(**kwargs):
+        return (
+            PCMScheduler.from_pretrained(tmp_path, **kwargs)
+            if via == "disk"
+            else PCMScheduler.from_config(source.config, **kwargs)
+        )
+
+    assert again(**new).config.timesteps is None
+    assert again(**new, timesteps=[999, 499, 199]).config.timesteps == [999, 499, 199]
+    assert again(final_sigmas_type="sigma_min").config.timesteps is not None
+
+
 def test_two_trained_betas_with_a_thousand_timesteps_construct():
     """diffusers' own test suite does this."""
     scheduler = PCMScheduler(trained_betas=[0.1, 0.2])
@@ -256,6 +322,11 @@ def test_two_trained_betas_with_a_thousand_timesteps_construct():
         ({"num_phases": 60}, "num_phases=60"),
         ({"num_solver_steps": 48}, "50"),
         ({"phase_edges": [999, 750]}, "739 or 759"),
+        ({"timesteps": [999, 745, 249]}, r"\[745, 249\].*nearest to 745 is 739"),
+        ({"timesteps": [999, 0]}, r"\[0\].*nearest to 0 is 19"),
+        ({"timesteps": []}, "integers"),
+        ({"timesteps": [1019, 999]}, "999 to 0"),
+        ({"timesteps": [739, 999]}, "decrease"),
         ({"trained_betas": [0.1, float("nan")]}, "number 1 of 2"),
         ({"beta_start": float("nan")}, "Betas"),
     ],
@@ -333,7 +404,8 @@ def test_eta_with_phases_is_said_once():
 def test_import_needs_neither_diffusers_nor_the_network():
     code = (
         "import sys; sys.modules['diffusers'] = None; import pcm_scheduler; pcm_scheduler.PhaseGrid.even(4); "
-        "import pcm_scheduler.editing, pcm_scheduler.operators, pcm_scheduler.lora_file; print('fine')"
+        "import pcm_scheduler.editing, pcm_scheduler.operators, pcm_scheduler.lora_file; "
+        "import pcm_scheduler.curvature, pcm_scheduler.time_search; print('fine')"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "fine\n"
 
