@@ -126,6 +126,8 @@ class ObjectiveConfig:
             any point on the way there (with one phase: CTM and TCD); `direct` to the edge, where the teacher's ODE, solved
             all the way, ends; `ct` to the edge, from pictures alone, with no teacher.
         num_phases: M; `lcm` has one.
+        phase_edges: the M edges as timesteps, in any order, such as 999, 739, 499, 239; none: even ones. `python -m
+            lora_training.phase_edges` proposes some.
         progressive_phases: train on these numbers of phases one after the other, in equal parts of the run, such as 8, 4, 2;
             the last must be `num_phases`, which is what the file states. None of them: `num_phases` throughout.
         num_solver_steps: N, the points of the teacher's grid.
@@ -143,6 +145,7 @@ class ObjectiveConfig:
 
     name: Literal["pcm", "lcm", "ctm", "direct", "ct"] = "pcm"
     num_phases: int = 4
+    phase_edges: tuple[int, ...] = ()
     progressive_phases: tuple[int, ...] = ()
     num_solver_steps: int = 50
     solver: Literal["ddim", "euler", "heun", "dpmpp_2m"] = "ddim"
@@ -321,6 +324,8 @@ class TrainConfig:
                 f"objective.progressive_phases {self.objective.progressive_phases} must end at "
                 f"objective.num_phases={self.objective.num_phases}."
             )
+        if self.objective.phase_edges and self.objective.progressive_phases:
+            raise ValueError("objective.phase_edges and objective.progressive_phases do not go together: leave one out.")
         shares = {
             "lora.dropout": self.lora.dropout,
             "data.caption_dropout": self.data.caption_dropout,
@@ -369,9 +374,15 @@ class TrainConfig:
             raise ValueError(f"log_with is {self.log_with}, which is not installed: pip install {self.log_with}")
         if self.seed < 0:
             raise ValueError(f"seed must be 0 or more; got {self.seed}.")
-        _ = self.grids(1000)
+        if self.grids(1000)[-1].num_phases != self.objective.num_phases:
+            raise ValueError(
+                f"objective.phase_edges {self.objective.phase_edges} are of {self.grids(1000)[-1].num_phases} phases, and "
+                f"objective.num_phases is {self.objective.num_phases}."
+            )
 
     def grids(self, num_train_timesteps: int) -> list[PhaseGrid]:
         """The phase grids trained on, in order, on a model's T; the last is the adapter's. Refuses impossible ones."""
         steps = self.objective.num_solver_steps
+        if self.objective.phase_edges:
+            return [PhaseGrid.from_timesteps(self.objective.phase_edges, steps, num_train_timesteps)]
         return [PhaseGrid.even(phases, steps, num_train_timesteps) for phases in self.objective.phases_by_stage]

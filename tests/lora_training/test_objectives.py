@@ -17,8 +17,11 @@ from lora_training.config import AdversarialConfig, LoraConfig, ModelConfig, Obj
 from lora_training.discriminator import AdversarialLoss, hinge, renoised
 from lora_training.loop import Interrupted, Run, run
 from lora_training.objectives import KINDS, ConsistencyObjective, discretization, sampling_eta, target_decay, to_any_point
+from lora_training.phase_edges import teacher_curvature
 from lora_training.students import Adapter, WholeUNet
 from lora_training.teacher import guided_prediction
+from pcm_scheduler.curvature import edges_by_curvature
+from pcm_scheduler.lora_file import read_settings
 from pcm_scheduler.phases import PhaseGrid
 from pcm_scheduler.sampling import jump
 
@@ -117,6 +120,18 @@ def test_every_objective_trains_and_writes(pictures, tmp_path, name):
     config.objective = ObjectiveConfig(name=name, num_phases=1, num_solver_steps=10, guidance_scale=guidance, target_ema=0.5)
     written = load_file(run(config))
     assert all(tensor.isfinite().all() for tensor in written.values())
+
+
+def test_edges_may_be_anywhere_and_the_teachers_bend_proposes_some(pictures, tmp_path):
+    """Shares of a bend that sums to the whole; what is proposed trains, and the file says so."""
+    config = config_for(pictures, tmp_path / "a.safetensors", steps=1)
+    config.objective = ObjectiveConfig(num_phases=3, num_solver_steps=25, guidance_scale=3.0)
+    curvature = teacher_curvature(Run(config), samples=2)
+    assert len(curvature) == 250
+    assert (curvature >= 0).all()
+    edges = edges_by_curvature(curvature, 3, 25).edges
+    config.objective = dataclasses.replace(config.objective, phase_edges=edges[1:])
+    assert read_settings(run(config)).phase_edges == edges
 
 
 # ---------------------------------------------------------------------------------------------------- the critic
