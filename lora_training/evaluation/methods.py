@@ -1,0 +1,178 @@
+"""What is compared: an adapter or none, a scheduler, numbers of steps, guidance."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    TCDScheduler,
+    UniPCMultistepScheduler,
+)
+
+from pcm_scheduler import load_pcm_lora
+from pcm_scheduler.scheduling_pcm import PCMScheduler
+
+from ..randomness import generator_of
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A scheduler of diffusers' as people set it up.
+
+    Attributes:
+        scheduler: its class.
+        options: beside the model's own schedule.
+        eta: that pipelines pass to it.
+    """
+
+    scheduler: Any
+    options: dict[str, Any]
+    eta: float = 0.0
+
+
+_TRAILING = {"timestep_spacing": "trailing"}  # from the top of the schedule: with few steps the others never see pure noise
+RIVALS = {
+    "ddim": Rival(DDIMScheduler, _TRAILING | {"clip_sample": False, "set_alpha_to_one": False}),
+    "dpmpp": Rival(DPMSolverMultistepScheduler, _TRAILING),
+    "unipc": Rival(UniPCMultistepScheduler, _TRAILING),
+    "euler": Rival(EulerDiscreteScheduler, _TRAILING),
+    "lcm": Rival(LCMScheduler, {}),
+    "tcd": Rival(TCDScheduler, {}, eta=0.3),  # its authors' gamma
+}
+
+
+@dataclass
+class MethodConfig:
+    """A row of a table.
+
+    Attributes:
+        name: in tables, and of its folder of pictures.
+        adapter: a LoRA file; empty: the model itself.
+        scheduler: `pcm` keeps to the edges that the adapter states; the others are diffusers' own.
+        steps: numbers of sampling steps.
+        guidance_scale: g; None: what the adapter recommends, 1 without one.
+        eta: of the scheduler; None: what the adapter recommends with `pcm`, and otherwise what the scheduler is known for.
+    """
+
+    name: str
+    adapter: str = ""
+    scheduler: Literal["pcm", "ddim", "dpmpp", "unipc", "euler", "lcm", "tcd"] = "pcm"
+    steps: tuple[int, ...] = (1, 2, 4, 8, 16)
+    guidance_scale: float | None = None
+    eta: float | None = None
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w.+-][\w .,+-]*", self.name):
+            raise ValueError(f"A method's name is also that of a folder: letters, digits, spaces and .,+-_; got {self.name!r}.")
+        if self.adapter and not Path(self.adapter).is_file():
+            raise ValueError(f"Method {self.name}: there is no file {self.adapter}.")
+        if not self.steps or min(self.steps) < 1:
+            raise ValueError(f"Method {self.name}: steps are whole numbers from 1; got {self.steps}.")
+
+
+class Gallery:
+    """A pipeline that draws by any of several methods.
+
+    Args:
+        pipe: of SD1.5's or SDXL's kind, on its device.
+        methods: their adapters are loaded; names must differ.
+        seed: of the initial noise.
+
+    Raises:
+        ValueError: two methods of one name, or an adapter that does not fit.
+    """
+
+    def __init__(self, pipe: Any, methods: Sequence[MethodConfig], seed: int = 0):
+        names = [method.name for method in methods]
+        if len(set(names)) < len(names):
+            raise ValueError(f"Methods need names of their own; got {names}.")
+        self.pipe, self.seed = pipe, seed
+        self.methods = {method.name: method for method in methods}
+        config = dict(pipe.scheduler.config)
+        self._adapters: dict[str, str] = {}
+        self._schedulers: dict[str, Any] = {}
+        self._guidance: dict[str, float] = {}
+        self._eta: dict[str, float] = {}
+        loaded: dict[str, tuple[str, Any, PCMScheduler]] = {}
+        for number, method in enumerate(methods):
+            settings = None
+            if method.adapter:
+                if method.adapter not in loaded:
+                    name = f"adapter{number}"
+                    settings = load_pcm_lora(pipe, method.adapter, adapter_name=name)
+                    loaded[method.adapter] = (name, settings, pipe.scheduler)
+                self._adapters[method.name], settings, _ = loaded[method.adapter]
+            if method.scheduler == "pcm":
+                self._schedulers[method.name] = (
+                    loaded[method.adapter][2] if method.adapter else PCMScheduler.from_config(config, num_phases=1)
+                )
+                eta = settings.eta if settings else 0.0
+            else:
+                rival = RIVALS[method.scheduler]
+                self._schedulers[method.name] = rival.scheduler.from_config(config, **rival.options)
+                eta = rival.eta
+            self._guidance[method.name] = _first(method.guidance_scale, settings.guidance_scale if settings else 1.0)
+            self._eta[method.name] = _first(method.eta, eta)
+
+    def noise(self, indices: Sequence[int], size: tuple[int, int]) -> torch.Tensor:
+        """Initial latents (N, 4, h, w) of pictures by their number, the same for every method, batch and process."""
+        scale = self.pipe.vae_scale_factor
+        shape = (self.pipe.unet.config.in_channels, size[0] // scale, size[1] // scale)
+        return torch.stack([torch.randn(shape, generator=generator_of(self.seed, i)) for i in indices])
+
+    @torch.no_grad()
+    def draw(
+        self,
+        name: str,
+        steps: int,
+        prompts: Sequence[str],
+        indices: Sequence[int],
+        size: tuple[int, int],
+        negative_prompts: Sequence[str] | None = None,
+        guidance_scale: float | None = None,
+        output_type: str = "pt",
+    ) -> torch.Tensor:
+        """Pictures of prompts.
+
+        Args:
+            name: of the method.
+            steps: of sampling.
+            prompts: N texts.
+            indices: N numbers, which name the noise: the initial one and what is drawn on the way.
+            size: (height, width).
+            negative_prompts: N texts.
+            guidance_scale: instead of the method's.
+            output_type: `pt`: pictures (N, 3, H, W) in [0, 1]; `latent`: (N, 4, h, w).
+        """
+        self.pipe.scheduler = self._schedulers[name]
+        if name in self._adapters:
+            self.pipe.enable_lora()
+            self.pipe.set_adapters(self._adapters[name])
+        elif self._adapters:
+            self.pipe.disable_lora()
+        latents = self.noise(indices, size).to(self.pipe.unet.device, self.pipe.unet.dtype)
+        return self.pipe(
+            prompt=list(prompts),
+            negative_prompt=None if negative_prompts is None else list(negative_prompts),
+            latents=latents,
+            num_inference_steps=steps,
+            guidance_scale=self._guidance[name] if guidance_scale is None else guidance_scale,
+            eta=self._eta[name],
+            generator=[generator_of(self.seed, i, 1) for i in indices],
+            height=size[0],
+            width=size[1],
+            output_type=output_type,
+        ).images
+
+
+def _first(chosen: float | None, otherwise: float) -> float:
+    return otherwise if chosen is None else chosen

@@ -1,0 +1,99 @@
+"""Methods side by side on the shipped model: what is drawn does not depend on batches, processes or interruptions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from evaluate import ADAPTERS
+
+from lora_training.evaluation.generation import Pictures, folder_of, generate
+from lora_training.evaluation.methods import RIVALS, Gallery, MethodConfig
+
+from model import load_pipeline
+
+PCM, LCM = str(ADAPTERS["PCM"]), str(ADAPTERS["LCM"])
+SIZE = (128, 128)
+PROMPTS = ["a red star", "a blue ring on the left", "a green heart"]
+
+
+@pytest.fixture(scope="module")
+def gallery():
+    methods = [
+        MethodConfig("PCM", PCM),
+        MethodConfig("LCM", LCM),
+        MethodConfig("teacher", scheduler="ddim", guidance_scale=5.0),
+    ]
+    methods += [MethodConfig(f"PCM, {name}", PCM, name) for name in RIVALS]
+    pipe = load_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    return Gallery(pipe, methods)
+
+
+def draw(gallery, name, steps=2, numbers=(0, 1, 2)):
+    return gallery.draw(name, steps, [PROMPTS[n] for n in numbers], numbers, SIZE)
+
+
+def test_every_method_draws_and_methods_differ(gallery):
+    drawn = {name: draw(gallery, name, steps=4) for name in gallery.methods}
+    for name, pictures in drawn.items():
+        assert pictures.shape == (3, 3, *SIZE), name
+        assert pictures.std() > 0.02, name
+    # off the trained edges by 10 timesteps: another picture, though a near one
+    assert 1e-4 < (drawn["PCM"] - drawn["PCM, ddim"]).abs().mean() < 0.05
+    assert (drawn["PCM"] - drawn["LCM"]).abs().mean() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["PCM", "LCM", "PCM, tcd"])
+def test_a_picture_is_its_number_whatever_is_drawn_with_it(gallery, name):
+    """Rounding aside; methods that draw noise on the way have a stream for each picture."""
+    together, alone = draw(gallery, name, 4), torch.cat([draw(gallery, name, 4, [n]) for n in range(3)])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-3)
+
+
+def test_an_interrupted_run_goes_on_and_processes_share_the_work(gallery, tmp_path, monkeypatch):
+    prompts = PROMPTS * 2
+    whole = Pictures(tmp_path / "whole", 6, 2)
+    generate(gallery, "PCM", 1, prompts, SIZE, whole, batch_size=4)
+    assert whole.missing() == []
+    expected = torch.cat(list(whole))
+    assert expected.shape == (6, 3, *SIZE)
+    assert expected.abs().max() <= 1
+
+    shared = Pictures(tmp_path / "shared", 6, 2)
+    generate(gallery, "PCM", 1, prompts, SIZE, shared, 1, process=(1, 2))
+    assert shared.missing() == [0, 2]
+    with pytest.raises(FileNotFoundError, match="2 of 3"):
+        list(shared)
+    calls = []
+    monkeypatch.setattr(gallery, "draw", lambda *args, original=gallery.draw: calls.append(args) or original(*args))
+    generate(gallery, "PCM", 1, prompts, SIZE, shared, 1, process=(0, 2))
+    assert len(calls) == 4
+    assert (torch.cat(list(shared)) - expected).abs().max() <= 1.5 * 2 / 255  # a level: batches round otherwise
+
+
+def test_other_pictures_go_to_other_folders(tmp_path):
+    method = MethodConfig("PCM", PCM)
+    folder = folder_of(tmp_path, method, 4, {"seed": 0})
+    assert folder == folder_of(tmp_path, MethodConfig("PCM", PCM), 4, {"seed": 0})
+    others = [
+        folder_of(tmp_path, method, 2, {"seed": 0}),
+        folder_of(tmp_path, method, 4, {"seed": 1}),
+        folder_of(tmp_path, MethodConfig("PCM", LCM), 4, {"seed": 0}),
+        folder_of(tmp_path, MethodConfig("PCM", PCM, guidance_scale=2.0), 4, {"seed": 0}),
+    ]
+    assert len({folder, *others}) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"name": "../up"}, "name of a folder|that of a folder"),
+        ({"name": "a", "adapter": "nowhere.safetensors"}, "no file nowhere"),
+        ({"name": "a", "steps": (0,)}, "from 1"),
+    ],
+)
+def test_bad_methods_are_refused(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        MethodConfig(**arguments)
+    with pytest.raises(ValueError, match="names of their own"):
+        Gallery(load_pipeline(), [MethodConfig("a"), MethodConfig("a")])
