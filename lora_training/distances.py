@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
-from pathlib import Path
+from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_model
 
 from .backbones import Backbone
 from .config import ObjectiveConfig
+from .local_weights import library, local_file
 
 # landed and target (B, 4, h, w), alpha (B, 1, 1, 1) of the edge that both are at -> scalar
 Distance = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -26,7 +27,7 @@ def build_distance(config: ObjectiveConfig, backbone: Backbone) -> Distance:
     """The distance that `objective.distance` names.
 
     Raises:
-        ValueError: LPIPS without its library, or with weights that are not there or not its own.
+        FileNotFoundError, ValueError: as of `load_lpips`.
     """
     if config.distance == "lpips":
         return _lpips(config, backbone)
@@ -44,23 +45,9 @@ def _lpips(config: ObjectiveConfig, backbone: Backbone) -> Distance:
 
     At an edge above 0 that is a picture with noise in it; it is still zero only where the two points are one.
     """
-    if find_spec("lpips") is None:
-        raise ValueError("objective.distance is lpips, which needs its library: pip install lpips")
-    import lpips
-
-    path = Path(config.lpips_weights)
-    if path.suffix != ".safetensors" or not path.is_file():
-        raise ValueError(
-            f"objective.lpips_weights must be a .safetensors file with the state of lpips.LPIPS(net='vgg'); got '{path}'. "
-            "To make one: safetensors.torch.save_model(lpips.LPIPS(net='vgg'), 'lpips.safetensors')"
-        )
-    network = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
-    try:
-        load_model(network, path)
-    except RuntimeError as error:
-        raise ValueError(f"objective.lpips_weights: {path} is not the state of lpips.LPIPS(net='vgg'): {error}") from error
+    network = load_lpips(config.lpips_weights, "objective.lpips_weights")
     device = backbone.unet.device
-    network.to(device).requires_grad_(False)
+    network.to(device)
     backbone.vae.to(device)
 
     def pictures(sample: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
@@ -72,3 +59,26 @@ def _lpips(config: ObjectiveConfig, backbone: Backbone) -> Distance:
         return network(pictures(landed, alpha), there).mean()
 
     return distance
+
+
+def load_lpips(path: str, setting: str, net: Literal["alex", "vgg", "squeeze"] = "vgg") -> torch.nn.Module:
+    """LPIPS (arXiv 1801.03924), frozen: two batches of pictures (N, 3, H, W) in [-1, 1] -> (N, 1, 1, 1).
+
+    Args:
+        path: a `.safetensors` file with the state of `lpips.LPIPS(net=net)`.
+        setting: that names it, for messages.
+        net: the trunk; papers report `alex`, and losses are taken from `vgg`.
+
+    Raises:
+        FileNotFoundError: the file is not there; how to make it.
+        ValueError: the library is not installed, or the file is another network's.
+    """
+    lpips = library("lpips", setting, "lpips")
+    how = f"safetensors.torch.save_model(lpips.LPIPS(net='{net}'), 'lpips.safetensors') makes one where there is a network."
+    weights = local_file(path, setting, f"a .safetensors file with the state of lpips.LPIPS(net='{net}')", how)
+    network = lpips.LPIPS(net=net, pretrained=False, pnet_rand=True, verbose=False)
+    try:
+        load_model(network, weights)
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{setting}: {weights} is not the state of lpips.LPIPS(net='{net}'): {error}") from error
+    return network.eval().requires_grad_(False)

@@ -329,8 +329,9 @@ def test_lpips_sees_pictures_and_reaches_the_latents(backbone, tmp_path):
     distance.backward()
     assert distance != 0  # with random weights it has either sign
     assert other.grad.abs().max() > 0
-    for weights, says in (("", "lpips_weights"), (str(MODEL_DIR / "unet" / UNET_FILE), "not the state of")):
-        with pytest.raises(ValueError, match=says):
+    unet = str(MODEL_DIR / "unet" / UNET_FILE)
+    for weights, error, says in (("", FileNotFoundError, "lpips_weights"), (unet, ValueError, "not the state of")):
+        with pytest.raises(error, match=says):
             build_distance(ObjectiveConfig(distance="lpips", lpips_weights=weights), backbone)
 
 

@@ -1,0 +1,70 @@
+"""Weights that people bring: where they must be, and what is said when they are not there. Nothing is downloaded."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from safetensors.torch import load_file
+
+UNASKED = "Nothing is downloaded unasked."
+
+
+def library(name: str, setting: str, package: str) -> ModuleType:
+    """An optional library.
+
+    Args:
+        name: that it is imported by.
+        setting: the value that needs it, for the message.
+        package: that pip installs.
+
+    Raises:
+        ValueError: it is not installed; how to install it.
+    """
+    if find_spec(name) is None:
+        raise ValueError(f"{setting} needs the library {name}, which is not installed: pip install {package}")
+    return import_module(name)
+
+
+def local_file(path: str | Path, setting: str, what: str, source: str) -> Path:
+    """The path of a file that is there.
+
+    Args:
+        path: that the configuration names.
+        setting: which names it.
+        what: the file holds.
+        source: where it comes from, as a sentence.
+
+    Raises:
+        FileNotFoundError: it is not there; which file, where it is looked for, and where it comes from.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{setting} must be the path of {what}; there is no file '{path}'. {source} {UNASKED}")
+    return Path(path)
+
+
+def local_folder(path: str | Path, setting: str, what: str, files: tuple[str, ...], source: str) -> Path:
+    """The path of a folder that has what it must have.
+
+    Args:
+        path, setting, what, source: as in `local_file`.
+        files: patterns, each of which some file in the folder must match.
+
+    Raises:
+        FileNotFoundError: the folder, or a file in it, is not there; which ones.
+    """
+    folder = Path(path)
+    if not path or not folder.is_dir():
+        raise FileNotFoundError(f"{setting} must be a folder with {what}; there is no folder '{path}'. {source} {UNASKED}")
+    missing = [pattern for pattern in files if not any(folder.glob(pattern))]
+    if missing:
+        raise FileNotFoundError(f"{setting}: {folder} lacks {' and '.join(missing)} of {what}. {source} {UNASKED}")
+    return folder
+
+
+def read_state(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a `.safetensors` file, or of a torch file that holds tensors and no code."""
+    return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
