@@ -1,0 +1,99 @@
+"""An evaluation, typed: a YAML file, with command-line overrides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..config import ModelConfig
+from .alignment import ScorerConfig
+from .features import FeatureConfig
+from .methods import MethodConfig
+
+
+@dataclass
+class ReferenceConfig:
+    """The pictures that a method's should be like.
+
+    Attributes:
+        folder: of pictures, such as the data's own; empty: drawn by `method`.
+        method: usually the teacher at many steps.
+        seed: of its noise: other than the methods', so that it is a distribution and not the same pictures.
+    """
+
+    folder: str = ""
+    method: MethodConfig = field(
+        default_factory=lambda: MethodConfig("reference", scheduler="ddim", steps=(50,), guidance_scale=5.0)
+    )
+    seed: int = 1
+
+
+@dataclass
+class GuidanceConfig:
+    """How methods answer guidance.
+
+    Attributes:
+        scales: g; none: not measured.
+        steps: of sampling.
+        count: prompts, the first of all.
+    """
+
+    scales: tuple[float, ...] = ()
+    steps: int = 4
+    count: int = 64
+
+
+@dataclass
+class EvaluationConfig:
+    """One report.
+
+    Attributes:
+        model: that all methods draw with.
+        methods: the rows.
+        prompts: a file, see `read_prompts`.
+        count: of pictures for each row, the first prompts; 0: all.
+        size: (height, width).
+        seed: of all noise.
+        batch_size: pictures at a time.
+        shard_size: pictures in a file on disk.
+        precision: of the networks.
+        reference: what distances are to; with `features`.
+        features: the space of distances; None: they are not measured.
+        similarity: the space of consistency; None: that of distances.
+        alignment: the judge of pictures beside prompts; None: they are not judged.
+        lpips_weights: for LPIPS between step counts, see `objective.lpips_weights`; empty: not measured.
+        guidance: how methods answer it.
+        shown: prompts in the grid of pictures.
+        output: a folder for pictures, `report.json`, `report.md` and plots.
+        title: of the report.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    methods: tuple[MethodConfig, ...] = ()
+    prompts: str = "prompts.txt"
+    count: int = 0
+    size: tuple[int, int] = (512, 512)
+    seed: int = 0
+    batch_size: int = 16
+    shard_size: int = 64
+    precision: Literal["no", "fp16", "bf16"] = "no"
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    features: FeatureConfig | None = None
+    similarity: FeatureConfig | None = None
+    alignment: ScorerConfig | None = None
+    lpips_weights: str = ""
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    shown: int = 4
+    output: str = "outputs/evaluation"
+    title: str = "Report"
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work before anything is loaded."""
+        if not self.methods:
+            raise ValueError("methods: name at least one to evaluate.")
+        if self.reference.method.name in {method.name for method in self.methods}:
+            raise ValueError(f"methods: {self.reference.method.name!r} is the reference's name; choose another.")
+        if min(self.batch_size, self.shard_size) < 1:
+            raise ValueError(f"batch_size and shard_size must be positive; got {self.batch_size} and {self.shard_size}.")
+        if self.guidance.scales and self.alignment is None:
+            raise ValueError("guidance.scales needs a judge: set alignment.")

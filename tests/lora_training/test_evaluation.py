@@ -1,0 +1,147 @@
+"""The whole way from a configuration to a report, on the shipped model and the shapes' own judges."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from evaluate import ADAPTERS
+from PIL import Image
+
+from lora_training.config import ModelConfig
+from lora_training.evaluation.__main__ import parse
+from lora_training.evaluation.alignment import ScorerConfig
+from lora_training.evaluation.config import EvaluationConfig, GuidanceConfig, ReferenceConfig
+from lora_training.evaluation.features import FeatureConfig
+from lora_training.evaluation.methods import MethodConfig
+from lora_training.evaluation.prompts import read_prompts
+from lora_training.evaluation.report import is_best, table, write_report
+from lora_training.evaluation.run import Evaluation
+
+from model import HERE, MODEL_DIR
+
+JUDGES = HERE / "agreement.py"
+PROMPTS = ["a red star", "a blue ring on the left", "a green heart", "a yellow cross at the top", "a pink star"]
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    return EvaluationConfig(
+        model=ModelConfig(path=str(MODEL_DIR)),
+        methods=(MethodConfig("PCM", str(ADAPTERS["PCM"]), steps=(1, 4)), MethodConfig("DDIM", scheduler="ddim", steps=(1, 4))),
+        prompts=str(tmp_path / "prompts.txt"),
+        size=(128, 128),
+        shard_size=2,
+        reference=ReferenceConfig(method=MethodConfig("reference", scheduler="ddim", steps=(4,), guidance_scale=5.0)),
+        features=FeatureConfig("factory", factory=f"{JUDGES}:form_features"),
+        similarity=FeatureConfig("factory", factory=f"{JUDGES}:embedding_features"),
+        alignment=ScorerConfig("factory", factory=f"{JUDGES}:caption_agreement"),
+        guidance=GuidanceConfig(scales=(1.0, 6.0), steps=2, count=2),
+        shown=2,
+        output=str(tmp_path / "out"),
+    )
+
+
+def test_a_report_is_drawn_measured_and_written_once(config, tmp_path, monkeypatch):
+    evaluation = Evaluation(config)
+    report = evaluation.run()
+    text = write_report(evaluation, report).read_text()
+    rows = {(row["method"], row["steps"]): row for row in report["rows"]}
+    assert set(rows) == {("PCM", 1), ("PCM", 4), ("DDIM", 1), ("DDIM", 4)}
+    for row in rows.values():
+        assert row["frechet_distance"] >= 0
+        assert 0 <= row["alignment"] <= 1
+        assert 0 <= row["precision"] <= 1
+    assert rows["PCM", 4]["frechet_distance"] < rows["DDIM", 1]["frechet_distance"]  # a picture beside a grey blur
+    assert -1 <= rows["PCM", 4]["consistency"] <= 1
+    assert "consistency" not in rows["PCM", 1]
+    assert [(row["method"], row["guidance_scale"]) for row in report["guidance"]] == [
+        ("PCM", 1.0), ("PCM", 6.0), ("DDIM", 1.0), ("DDIM", 6.0),
+    ]  # fmt: skip
+    assert "Frechet distance" in text
+    assert "| PCM " in text
+    out = tmp_path / "out"
+    assert json.loads((out / "report.json").read_text())["rows"] == json.loads(json.dumps(report["rows"]))
+    assert Image.open(out / "pictures.png").size == (200 + 2 * 132, 4 * 132)
+    assert (out / "frechet_distance.png").is_file()
+    assert not list(out.rglob("*.tmp"))
+
+    again = Evaluation(config)
+    monkeypatch.setattr(again.gallery, "draw", None)  # pictures are there
+    monkeypatch.setattr(again.reference_gallery, "draw", None)
+    again.draw()
+    assert again.measure() == report["rows"]
+
+
+def test_the_reference_may_be_a_folder_of_pictures(config, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for i in range(4):
+        noise = torch.randint(0, 256, (128, 128, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).save(folder / f"{i}.png")
+    config.reference.folder = str(folder)
+    evaluation = Evaluation(config)
+    assert torch.cat(list(evaluation.reference())).shape == (4, 3, 128, 128)
+    config.reference.folder = str(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="has 0 pictures"):
+        list(Evaluation(config).reference())
+
+
+def test_prompts_come_in_the_forms_that_people_have_them(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\n two \n")
+    (tmp_path / "a.jsonl").write_text('{"prompt": "one"}\n{"text": "two"}\n')
+    (tmp_path / "list.json").write_text('["one", {"caption": "two"}]')
+    coco = {
+        "annotations": [{"image_id": 7, "caption": "one "}, {"image_id": 7, "caption": "x"}, {"image_id": 3, "caption": "two"}]
+    }
+    (tmp_path / "coco.json").write_text(json.dumps(coco))
+    for name in ("a.txt", "a.jsonl", "list.json", "coco.json"):
+        assert read_prompts(str(tmp_path / name)) == ["one", "two"], name
+        assert read_prompts(str(tmp_path / name), 1) == ["one"]
+    with pytest.raises(ValueError, match="has 2, and count is 3"):
+        read_prompts(str(tmp_path / "a.txt"), 3)
+    with pytest.raises(ValueError, match="no file"):
+        read_prompts(str(tmp_path / "b.txt"))
+    (tmp_path / "odd.jsonl").write_text('{"words": "one"}\n')
+    with pytest.raises(ValueError, match="has none of prompt"):
+        read_prompts(str(tmp_path / "odd.jsonl"))
+
+
+def test_tables_mark_the_best_of_each_number_of_steps():
+    rows = [
+        {"method": "a", "steps": 1, "frechet_distance": 2.0, "diversity": 0.1},
+        {"method": "b", "steps": 1, "frechet_distance": 1.0, "diversity": 0.2},
+        {"method": "a", "steps": 2, "frechet_distance": 3.0, "kernel_distance": 1.0, "kernel_distance_deviation": 0.5},
+    ]
+    assert [is_best("frechet_distance", row, rows) for row in rows] == [False, True, False]  # alone is not best
+    assert not is_best("diversity", rows[1], rows)  # more is not simply better
+    text = table(rows)
+    assert "**1**" in text
+    assert "1 ± 0.5" in text
+    assert "deviation" not in text
+
+
+def test_what_is_missing_is_said_before_anything_is_drawn(config, tmp_path):
+    config.alignment = ScorerConfig("clip", path=str(tmp_path / "no_clip"))
+    with pytest.raises(FileNotFoundError, match="no_clip"):
+        Evaluation(config)
+    with pytest.raises(ValueError, match="at least one"):
+        EvaluationConfig()
+
+
+def test_a_file_and_overrides_make_a_configuration(tmp_path):
+    (tmp_path / "a.yaml").write_text(
+        f"model:\n  path: {MODEL_DIR}\nmethods:\n- name: DDIM\n  scheduler: ddim\n  steps: [1, 2]\n"
+        f"features:\n  kind: factory\n  factory: {JUDGES}:form_features\nprompts: p.txt\n"
+    )
+    config = parse(["--config", str(tmp_path / "a.yaml"), "--seed", "3", "--size", "[128,64]"])
+    assert config.methods[0] == MethodConfig("DDIM", scheduler="ddim", steps=(1, 2))
+    assert (config.seed, config.size, config.features.kind) == (3, (128, 64), "factory")
+
+
+@pytest.mark.parametrize("path", sorted((HERE.parent / "evaluation").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_configurations_that_ship_can_be_read(path, monkeypatch):
+    monkeypatch.chdir(HERE.parents[1])
+    assert parse(["--config", str(path)]).methods
