@@ -44,6 +44,36 @@ class GuidanceConfig:
 
 
 @dataclass
+class OdeConfig:
+    """How far adapters leave their teacher's ODE; of methods with an adapter, a `pcm` scheduler and no new noise.
+
+    Attributes:
+        count: prompts, the first of all; 0: not measured.
+        steps: of sampling.
+        solver_steps: of the teacher's own, Heun's; must have the adapters' edges among its points.
+    """
+
+    count: int = 0
+    steps: tuple[int, ...] = (1, 2, 4, 8)
+    solver_steps: int = 500
+
+
+@dataclass
+class NegativeConfig:
+    """How methods answer a negative prompt.
+
+    Attributes:
+        pairs: a `.jsonl` file with a `prompt`, and under `thing` what the negative prompt names; empty: not measured.
+        guidance_scale: g, above 1.
+        steps: of sampling.
+    """
+
+    pairs: str = ""
+    guidance_scale: float = 4.0
+    steps: int = 4
+
+
+@dataclass
 class EvaluationConfig:
     """One report.
 
@@ -63,6 +93,8 @@ class EvaluationConfig:
         alignment: the judge of pictures beside prompts; None: they are not judged.
         lpips_weights: for LPIPS between step counts, see `objective.lpips_weights`; empty: not measured.
         guidance: how methods answer it.
+        negative: how they answer negative prompts.
+        ode: how far adapters leave the teacher's.
         shown: prompts in the grid of pictures.
         output: a folder for pictures, `report.json`, `report.md` and plots.
         title: of the report.
@@ -83,6 +115,8 @@ class EvaluationConfig:
     alignment: ScorerConfig | None = None
     lpips_weights: str = ""
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    negative: NegativeConfig = field(default_factory=NegativeConfig)
+    ode: OdeConfig = field(default_factory=OdeConfig)
     shown: int = 4
     output: str = "outputs/evaluation"
     title: str = "Report"
@@ -97,3 +131,5 @@ class EvaluationConfig:
             raise ValueError(f"batch_size and shard_size must be positive; got {self.batch_size} and {self.shard_size}.")
         if self.guidance.scales and self.alignment is None:
             raise ValueError("guidance.scales needs a judge: set alignment.")
+        if self.negative.pairs and self.alignment is None:
+            raise ValueError("negative.pairs needs a judge: set alignment.")

@@ -19,9 +19,12 @@ from diffusers import (
 )
 
 from pcm_scheduler import load_pcm_lora
+from pcm_scheduler.lora_file import AdapterSettings
 from pcm_scheduler.scheduling_pcm import PCMScheduler
 
 from ..randomness import generator_of
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ class Gallery:
         self.pipe, self.seed = pipe, seed
         self.methods = {method.name: method for method in methods}
         config = dict(pipe.scheduler.config)
+        self.settings: dict[str, AdapterSettings] = {}  # of those methods that have an adapter
         self._adapters: dict[str, str] = {}
         self._schedulers: dict[str, Any] = {}
         self._guidance: dict[str, float] = {}
@@ -111,6 +115,7 @@ class Gallery:
                     settings = load_pcm_lora(pipe, method.adapter, adapter_name=name)
                     loaded[method.adapter] = (name, settings, pipe.scheduler)
                 self._adapters[method.name], settings, _ = loaded[method.adapter]
+                self.settings[method.name] = settings
             if method.scheduler == "pcm":
                 self._schedulers[method.name] = (
                     loaded[method.adapter][2] if method.adapter else PCMScheduler.from_config(config, num_phases=1)
@@ -128,6 +133,20 @@ class Gallery:
         scale = self.pipe.vae_scale_factor
         shape = (self.pipe.unet.config.in_channels, size[0] // scale, size[1] // scale)
         return torch.stack([torch.randn(shape, generator=generator_of(self.seed, i)) for i in indices])
+
+    def put_in_place(self, name: str | None) -> None:
+        """The adapter and the scheduler of a method; None: the model alone."""
+        if name is not None:
+            self.pipe.scheduler = self._schedulers[name]
+        if name in self._adapters:
+            self.pipe.enable_lora()
+            self.pipe.set_adapters(self._adapters[name])
+        elif self._adapters:
+            self.pipe.disable_lora()
+
+    def guidance_scale(self, name: str) -> float:
+        """Of a method."""
+        return self._guidance[name]
 
     @torch.no_grad()
     def draw(
@@ -153,12 +172,7 @@ class Gallery:
             guidance_scale: instead of the method's.
             output_type: `pt`: pictures (N, 3, H, W) in [0, 1]; `latent`: (N, 4, h, w).
         """
-        self.pipe.scheduler = self._schedulers[name]
-        if name in self._adapters:
-            self.pipe.enable_lora()
-            self.pipe.set_adapters(self._adapters[name])
-        elif self._adapters:
-            self.pipe.disable_lora()
+        self.put_in_place(name)
         latents = self.noise(indices, size).to(self.pipe.unet.device, self.pipe.unet.dtype)
         return self.pipe(
             prompt=list(prompts),

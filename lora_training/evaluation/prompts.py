@@ -45,6 +45,22 @@ def read_prompts(path: str, count: int = 0) -> list[str]:
     return found[: count or None]
 
 
+def read_pairs(path: str) -> list[tuple[str, str]]:
+    """(prompt, thing) of each line of a `.jsonl` file with these keys.
+
+    Raises:
+        ValueError: no such file, or a line without them.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"negative.pairs: there is no file {path}.")
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    for row in rows:
+        if not isinstance(row, dict) or not {"prompt", "thing"} <= row.keys():
+            raise ValueError(f"negative.pairs: a line of {path} has no prompt or no thing: {str(row)[:80]}")
+    return [(row["prompt"], row["thing"]) for row in rows]
+
+
 def _prompt_of(row: object, path: str) -> str:
     if isinstance(row, str):
         return row

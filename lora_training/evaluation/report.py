@@ -29,8 +29,9 @@ def write_report(evaluation: Evaluation, report: dict[str, Any]) -> Path:
 def markdown(report: dict[str, Any], pictures: Sequence[Path]) -> str:
     """The tables, and the pictures below them."""
     parts = [f"# {report['title']}", f"{report['pictures']} pictures a row.", table(report["rows"])]
-    if report["guidance"]:
-        parts += ["## Guidance", table(report["guidance"])]
+    for part, heading in (("guidance", "Guidance"), ("negative", "Negative prompts"), ("ode", "Error to the teacher's ODE")):
+        if report[part]:
+            parts += [f"## {heading}", table(report[part])]
     parts += [f"![{path.stem}]({path.name})" for path in pictures]
     return "\n\n".join(parts) + "\n"
 

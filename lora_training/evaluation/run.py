@@ -20,13 +20,13 @@ from .config import EvaluationConfig
 from .distribution import Moments, frechet_distance, kernel_distance, precision_recall
 from .features import Features, extract, load_features
 from .generation import Pictures, folder_of, generate
-from .methods import Gallery, MethodConfig
-from .prompts import read_prompts
-from .response import Generate, guidance_response
+from .methods import DTYPES, Gallery, MethodConfig
+from .ode import ode_rows
+from .prompts import read_pairs, read_prompts
+from .response import Generate, guidance_response, negative_prompt_response
 from .similarity import consistency, perceptual_distance
 
 Row = dict[str, Any]
-_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
@@ -52,7 +52,7 @@ class Evaluation:
         self.lpips = load_lpips(config.lpips_weights, "lpips_weights").to(device) if config.lpips_weights else None
         family = FAMILIES[config.model.family]
         pipe = family.pipeline_class.from_pretrained(config.model.path, **family.load_arguments)
-        pipe.to(device, _DTYPES[config.precision])
+        pipe.to(device, DTYPES[config.precision])
         pipe.set_progress_bar_config(disable=True)
         self.methods = list(config.methods)
         self.gallery = Gallery(pipe, self.methods, config.seed)
@@ -131,14 +131,37 @@ class Evaluation:
                 rows.append({"method": method.name, "steps": asked.steps} | found._asdict())
         return rows
 
-    def _drawing(self, name: str, steps: int, count: int) -> Generate:
-        """Draws a method's pictures in the order of `count` prompts, over and over from the same noise."""
-        drawn = 0
+    def negative(self) -> list[Row]:
+        """How often what a negative prompt names is in each method's pictures, without it and with it."""
+        asked, size = self.config.negative, self.config.batch_size
+        if not asked.pairs or self.scorer is None:
+            return []
+        pairs = read_pairs(asked.pairs)
+        batches = [pairs[start : start + size] for start in range(0, len(pairs), size)]
+        rows: list[Row] = []
+        for method in self.methods:
+            # each batch is drawn twice, from the same noise
+            draw = self._drawing(method.name, asked.steps, len(pairs), times=2)
+            found = negative_prompt_response(draw, self.scorer, batches, asked.guidance_scale)
+            told = {"method": method.name, "steps": asked.steps, "guidance_scale": asked.guidance_scale}
+            rows.append(told | found._asdict())
+        return rows
+
+    def _drawing(self, name: str, steps: int, count: int, times: int = 1) -> Generate:
+        """Draws a method's pictures in the order of `count` prompts, over and over from the same noise.
+
+        Args:
+            name, steps: of the method.
+            count: of prompts.
+            times: that each batch comes in a row.
+        """
+        calls, first = 0, 0
 
         def draw(prompts: Sequence[str], negative_prompts: Sequence[str], guidance_scale: float) -> torch.Tensor:
-            nonlocal drawn
-            numbers = [(drawn + i) % count for i in range(len(prompts))]
-            drawn += len(prompts)
+            nonlocal calls, first
+            numbers = [(first + i) % count for i in range(len(prompts))]
+            calls += 1
+            first += len(prompts) if calls % times == 0 else 0
             size = self.config.size
             pictures = self.gallery.draw(name, steps, prompts, numbers, size, negative_prompts, guidance_scale)
             return pictures.float() * 2 - 1
@@ -156,6 +179,8 @@ class Evaluation:
             "pictures": len(self.prompts),
             "rows": self.measure(),
             "guidance": self.guidance(),
+            "negative": self.negative(),
+            "ode": ode_rows(self.gallery, self.config, self.prompts, self.accelerator.device),
         }
 
 

@@ -12,10 +12,10 @@ from PIL import Image
 from lora_training.config import ModelConfig
 from lora_training.evaluation.__main__ import parse
 from lora_training.evaluation.alignment import ScorerConfig
-from lora_training.evaluation.config import EvaluationConfig, GuidanceConfig, ReferenceConfig
+from lora_training.evaluation.config import EvaluationConfig, GuidanceConfig, NegativeConfig, OdeConfig, ReferenceConfig
 from lora_training.evaluation.features import FeatureConfig
 from lora_training.evaluation.methods import MethodConfig
-from lora_training.evaluation.prompts import read_prompts
+from lora_training.evaluation.prompts import read_pairs, read_prompts
 from lora_training.evaluation.report import is_best, table, write_report
 from lora_training.evaluation.run import Evaluation
 
@@ -28,6 +28,8 @@ PROMPTS = ["a red star", "a blue ring on the left", "a green heart", "a yellow c
 @pytest.fixture
 def config(tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    pairs = [{"prompt": "a red star and a blue ring", "thing": "a blue ring"}, {"prompt": "a green heart", "thing": "a heart"}]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     return EvaluationConfig(
         model=ModelConfig(path=str(MODEL_DIR)),
         methods=(MethodConfig("PCM", str(ADAPTERS["PCM"]), steps=(1, 4)), MethodConfig("DDIM", scheduler="ddim", steps=(1, 4))),
@@ -39,6 +41,8 @@ def config(tmp_path):
         similarity=FeatureConfig("factory", factory=f"{JUDGES}:embedding_features"),
         alignment=ScorerConfig("factory", factory=f"{JUDGES}:caption_agreement"),
         guidance=GuidanceConfig(scales=(1.0, 6.0), steps=2, count=2),
+        negative=NegativeConfig(str(tmp_path / "pairs.jsonl"), steps=2),
+        ode=OdeConfig(count=2, steps=(2, 4), solver_steps=50),
         shown=2,
         output=str(tmp_path / "out"),
     )
@@ -60,6 +64,12 @@ def test_a_report_is_drawn_measured_and_written_once(config, tmp_path, monkeypat
     assert [(row["method"], row["guidance_scale"]) for row in report["guidance"]] == [
         ("PCM", 1.0), ("PCM", 6.0), ("DDIM", 1.0), ("DDIM", 6.0),
     ]  # fmt: skip
+    assert [row["method"] for row in report["negative"]] == ["PCM", "DDIM"]
+    assert all(0 <= row["without"] <= 1 and 0 <= row["with_negative"] <= 1 for row in report["negative"])
+    two, four = report["ode"]  # DDIM has no adapter
+    assert set(four) == {"method", "steps", "ode_error", "at 739", "at 499", "at 239"}
+    assert set(two) == {"method", "steps", "ode_error", "at 499"}
+    assert 0 < four["ode_error"] < two["ode_error"] < 1
     assert "Frechet distance" in text
     assert "| PCM " in text
     out = tmp_path / "out"
@@ -105,6 +115,8 @@ def test_prompts_come_in_the_forms_that_people_have_them(tmp_path):
     with pytest.raises(ValueError, match="no file"):
         read_prompts(str(tmp_path / "b.txt"))
     (tmp_path / "odd.jsonl").write_text('{"words": "one"}\n')
+    with pytest.raises(ValueError, match="no prompt or no thing"):
+        read_pairs(str(tmp_path / "odd.jsonl"))
     with pytest.raises(ValueError, match="has none of prompt"):
         read_prompts(str(tmp_path / "odd.jsonl"))
 

@@ -1,0 +1,73 @@
+"""Adapters beside their teacher's ODE, with the prompts and the guidance they were trained for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from pcm_scheduler.phases import PhaseGrid
+
+from ..backbones import FAMILIES, Backbone
+from ..backbones.conditioning import expanded
+from ..teacher import Levels, Prediction, guided_prediction
+from .config import EvaluationConfig
+from .methods import DTYPES, Gallery
+from .trajectory import END, States, ode_errors, student_states, teacher_states
+
+
+def levels_of(backbone: Backbone, grid: PhaseGrid, device: torch.device) -> Levels:
+    """The model's schedule on the points of a grid."""
+    stops = torch.tensor(grid.timesteps)
+    return Levels(stops.to(device), backbone.alphas[stops].float().to(device), backbone.sigmas[stops].float().to(device))
+
+
+def ode_rows(gallery: Gallery, config: EvaluationConfig, prompts: Sequence[str], device: torch.device) -> list[dict[str, Any]]:
+    """The error at the end, and at every edge that is visited, of each adapter at each number of steps.
+
+    Means over prompts, of x_t's elements, whose variance is about 1.
+    """
+    asked = config.ode
+    names = [
+        method.name
+        for method in config.methods
+        if method.name in gallery.settings and method.scheduler == "pcm" and gallery.settings[method.name].eta == 0
+    ]
+    if asked.count == 0 or not names:
+        return []
+    backbone = FAMILIES[config.model.family](gallery.pipe)
+    texts = prompts[: asked.count]
+    conditioning = backbone.encode_prompts(texts)
+    frame = expanded(backbone.frame_conditioning(config.size, (0, 0), config.size), len(texts))
+    conditioning, empty = conditioning | frame, expanded(backbone.empty_conditioning(), len(texts))
+    noise = gallery.noise(range(len(texts)), config.size).to(device)
+
+    def predicting(levels: Levels, guidance_scale: float) -> Prediction:
+        """Of the network as it is now."""
+        predict = guided_prediction(backbone, levels, conditioning, empty, torch.full((len(texts),), guidance_scale))
+
+        def cast(sample: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+            with torch.autocast(device.type, DTYPES[config.precision], enabled=config.precision != "no"):
+                return predict(sample, n)
+
+        return cast
+
+    solved: dict[tuple[object, ...], States] = {}
+    rows = []
+    for name in names:
+        settings = gallery.settings[name]
+        grid, guidance_scale = settings.grid, settings.training_guidance_scale
+        fine = PhaseGrid.from_timesteps(grid.edges[1:], asked.solver_steps, grid.num_train_timesteps)
+        if (fine, guidance_scale) not in solved:
+            gallery.put_in_place(None)
+            levels = levels_of(backbone, fine, device)
+            solved[fine, guidance_scale] = teacher_states(predicting(levels, guidance_scale), levels, noise, fine)
+        gallery.put_in_place(name)
+        levels = levels_of(backbone, grid, device)
+        predict = predicting(levels, gallery.guidance_scale(name))
+        for steps in asked.steps:
+            errors = ode_errors(student_states(predict, levels, noise, grid, steps), solved[fine, guidance_scale])
+            row: dict[str, Any] = {"method": name, "steps": steps, "ode_error": errors.pop(END).mean().item()}
+            rows.append(row | {f"at {timestep}": error.mean().item() for timestep, error in errors.items()})
+    return rows
