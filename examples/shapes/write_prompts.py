@@ -1,24 +1,47 @@
-"""Write captions of held-out scenes, a line each: the prompts of an evaluation.
+"""Write what an evaluation draws: captions of held-out scenes, and prompts with one thing in them to be kept out.
 
 python examples/shapes/write_prompts.py outputs/shapes_prompts.txt --count 2048
+python examples/shapes/write_prompts.py outputs/shapes_pairs.jsonl --count 512
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
+import numpy as np
 from evaluate import held_out_scenes, prompts_of
+
+from scenes import COLOURS, SHAPES, TEST_SEED
+
+
+def pairs(count: int) -> list[dict[str, str]]:
+    """A prompt for two objects of one shape, and the second as the thing that a negative prompt names.
+
+    The prompt asks for it, so it is there without a negative prompt, and what takes it away is the negative prompt alone.
+    """
+    rng = np.random.default_rng(TEST_SEED)
+    found = []
+    for _ in range(count):
+        shape = str(rng.choice(SHAPES))
+        first, second = (str(colour) for colour in rng.choice(list(COLOURS), 2, replace=False))
+        found.append({"prompt": f"a {first} {shape} and a {second} {shape}", "thing": f"a {second} {shape}"})
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path)
+    parser.add_argument("file", type=Path, help=".txt for prompts, .jsonl for pairs")
     parser.add_argument("--count", type=int, default=2048)
     args = parser.parse_args()
+    if args.file.suffix == ".jsonl":
+        lines = [json.dumps(pair) for pair in pairs(args.count)]
+    else:
+        lines = prompts_of(held_out_scenes(args.count))
     args.file.parent.mkdir(parents=True, exist_ok=True)
     temporary = args.file.with_suffix(".tmp")
-    temporary.write_text("\n".join(prompts_of(held_out_scenes(args.count))) + "\n", encoding="utf-8")
+    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     temporary.replace(args.file)
 
 
