@@ -16,6 +16,8 @@ def _texts(prompt: dict[str, Any], link: Any, seen: set[str]) -> Iterator[str]:
     if node_id in seen or node_id not in prompt:
         return
     seen.add(node_id)
+    if prompt[node_id].get("class_type") == "ConditioningZeroOut":  # which leaves nothing of its text
+        return
     inputs = prompt[node_id]["inputs"]
     if {"positive", "negative"} <= inputs.keys():  # such as ControlNet's, which pass both on in this order
         inputs = {"conditioning": inputs["negative" if output == 1 else "positive"]}

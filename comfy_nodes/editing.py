@@ -9,24 +9,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import latent_preview
 import torch
-from comfy.k_diffusion import sampling as k_diffusion
 from torch.nn import functional as F
 
 from ..pcm_scheduler.edit_tasks import Edit, draw
 from ..pcm_scheduler.editing import Codec, invert
 from ..pcm_scheduler.phases import PhaseGrid
+from ..pcm_scheduler.sampling import NoiseSampler
 from .sampling import points_of, sigmas_at
 
 Denoiser = Callable[[torch.Tensor, int], torch.Tensor]
 
 
+def at_home(tensor: torch.Tensor) -> torch.Tensor:
+    """Where ComfyUI keeps what is between nodes: the CPU, unless it was started with --gpu-only."""
+    return tensor.to(comfy.model_management.intermediate_device())
+
+
 def to_pictures(image: torch.Tensor) -> torch.Tensor:
     """IMAGE (N, H, W, C) in [0, 1] to (N, 3, H, W) in [-1, 1]; an alpha channel is left out."""
-    return image[..., :3].movedim(-1, 1).float().clamp(0, 1) * 2 - 1
+    return at_home(image[..., :3].movedim(-1, 1).float().clamp(0, 1) * 2 - 1)
 
 
 def to_image(pictures: torch.Tensor) -> torch.Tensor:
@@ -51,7 +57,7 @@ def to_mask(mask: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
             f"The mask is {sizes[0]} and the image {sizes[1]}. Give both one size. Load Image gives an empty mask of 64 x 64 "
             "for an image in which nothing is masked: right-click it and open the mask editor."
         )
-    return mask
+    return at_home(mask)
 
 
 class Host:
@@ -79,7 +85,12 @@ class Host:
         """Unit noise for pictures of (height, width), as ComfyUI draws it for their latents."""
         scale = self.vae.spacial_compression_encode()
         blank = torch.zeros(count, self.vae.latent_channels, -(-size[0] // scale), -(-size[1] // scale))
-        return comfy.sample.prepare_noise(blank, self.seed if seed is None else seed)
+        return at_home(comfy.sample.prepare_noise(blank, self.seed if seed is None else seed))
+
+    def fresh_noise(self, noise: torch.Tensor) -> NoiseSampler:
+        """Draws noise like the initial one, which is the seed's own: this is of another stream."""
+        generator = torch.Generator().manual_seed(self.seed ^ 0x9E3779B9)
+        return lambda sigma, next_sigma: at_home(torch.randn(noise.shape, generator=generator))
 
     def codec(self, size: tuple[int, int]) -> Codec:
         """Between pictures of (height, width), any size, and latents as sampling sees them."""
@@ -109,7 +120,7 @@ class Host:
                 self.model, nothing, self.cfg, _JUMP_TO_X0, level, *self.prompts, latents, disable_pbar=True, seed=self.seed
             )
             x0 = model.process_latent_in(drawn)
-            show(i, x0, sample, len(sigmas))
+            show(i, x0.to(self.model.load_device), sample, len(sigmas))  # where a preview's own network is
             return x0
 
         return denoise
@@ -133,10 +144,9 @@ class Host:
         if not edit.measurement_noise:
             edit.operator.check(edit.measurement)
         noise = self.noise(edit.size, len(edit.measurement)) if noise is None else noise
-        fresh = k_diffusion.default_noise_sampler(noise, seed=self.seed)
         levels = [*sigmas.tolist(), 0.0]
         codec, denoiser = self.codec(edit.size), self.denoiser(sigmas)
-        drawn = draw(edit, denoiser, codec, grid, points, [1.0] * len(levels), levels, noise, eta, fresh)
+        drawn = draw(edit, denoiser, codec, grid, points, [1.0] * len(levels), levels, noise, eta, self.fresh_noise(noise))
         image = to_image(drawn)
         return image, edit.operator.residual(to_pictures(image), edit.measurement).max().item() * 127.5
 

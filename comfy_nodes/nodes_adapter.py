@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import comfy.lora
@@ -18,16 +19,16 @@ from .inputs import CATEGORY, Settings
 FAMILIES = {"sd15": comfy.supported_models.SD15, "sdxl": comfy.supported_models.SDXL}
 
 
-def in_words(settings: AdapterSettings, stated: bool) -> str:
+def in_words(settings: AdapterSettings, stated: AdapterSettings | None) -> str:
     """For the node's face.
 
     Args:
         settings: of a file, with what the node overrides.
-        stated: whether the file says something of itself.
+        stated: of the file alone; None if it says nothing of itself.
     """
     grid = settings.grid
-    source = "as this node says"
-    if stated:
+    source = "phases as this node says"
+    if stated == settings:
         source = f"{settings.base_model}, " + ("guessed from its name or hash" if settings.inferred else "as the file says")
     wanted = f"{settings.num_inference_steps} steps, cfg {settings.guidance_scale:g}, eta {settings.eta:g}"
     return (
@@ -70,8 +71,8 @@ def settings_outputs() -> list[Any]:
     ]
 
 
-def settings_of(lora_name: str, num_phases: int, num_solver_steps: int) -> tuple[str, AdapterSettings, bool]:
-    """The path of a file in models/loras, its settings, and whether it states any.
+def settings_of(lora_name: str, num_phases: int, num_solver_steps: int) -> tuple[str, AdapterSettings, AdapterSettings | None]:
+    """The path of a file in models/loras, its settings, and those that it states.
 
     Raises:
         ValueError: the file says nothing of its phases and neither does the node.
@@ -84,10 +85,26 @@ def settings_of(lora_name: str, num_phases: int, num_solver_steps: int) -> tuple
             "num_phases, and num_solver_steps if it is not 50."
         )
     settings = with_overrides(stated, num_phases=num_phases or None, num_solver_steps=num_solver_steps or None)
-    return path, settings, stated is not None
+    return path, settings, stated
 
 
-class PCMLoraLoader(io.ComfyNode):
+class FileNode(io.ComfyNode):
+    """A node that reads a file in models/loras."""
+
+    @classmethod
+    def validate_inputs(cls, lora_name: str | None = None) -> bool | str:
+        if lora_name is not None and folder_paths.get_full_path("loras", lora_name) is None:
+            return f"There is no {lora_name} in models/loras. Choose another file, or put it there and refresh."
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name: str, **_: Any) -> tuple[int, int]:
+        """Another file of the same name is read anew."""
+        found = os.stat(folder_paths.get_full_path_or_raise("loras", lora_name))
+        return found.st_mtime_ns, found.st_size
+
+
+class PCMLoraLoader(FileNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -149,7 +166,7 @@ def with_lora(model: Any, tensors: dict[str, Any], strength: float, family: str 
     return comfy.sd.load_lora_for_models(model, None, tensors, strength, 0)[0]
 
 
-class PCMLoraSettings(io.ComfyNode):
+class PCMLoraSettings(FileNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

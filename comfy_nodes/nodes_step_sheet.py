@@ -167,7 +167,8 @@ class PCMStepSheet(PhaseNode):
         if max(counts) > grid.num_solver_steps:
             raise ValueError(f"step_counts go to {max(counts)}, and the adapter's grid has {grid.num_solver_steps} points.")
         latent = latent_image | {"samples": latent_image["samples"][:1]}
-        schedule = model.get_model_object("model_sampling")
+        if latent.get("batch_index") is not None:
+            latent["batch_index"] = latent["batch_index"][:1]
         # One bar over the whole sheet. No previews: the front-end would show the last of them instead of the sheet.
         bar = comfy.utils.ProgressBar(len(rows) * sum(counts))
         pictures: list[list[torch.Tensor]] = []
@@ -178,7 +179,8 @@ class PCMStepSheet(PhaseNode):
                     sampler, sigmas = pcm_sampler(eta), phased_sigmas(model, grid, steps)
                 else:
                     sampler = comfy.samplers.sampler_object(row.sampler)
-                    sigmas = comfy.samplers.calculate_sigmas(schedule, row.scheduler, steps)
+                    stock = comfy.samplers.KSampler(model, steps, model.load_device, row.sampler, row.scheduler)
+                    sigmas = stock.sigmas  # some samplers leave one out
                 drawn = sample_latent(
                     model, seed, cfg, sampler, sigmas, positive, negative, latent, callback=lambda *_: bar.update(1)
                 )

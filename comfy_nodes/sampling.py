@@ -26,10 +26,13 @@ def table_of(model_sampling: Any) -> torch.Tensor:
     Raises:
         ValueError: a model that phased consistency does not cover; which.
     """
-    if isinstance(model_sampling, comfy.model_sampling.CONST) or not hasattr(model_sampling, "num_timesteps"):
+    if isinstance(model_sampling, comfy.model_sampling.CONST):
         raise ValueError("This is a flow-matching model. PCM adapters are for SD1.5, SDXL and AnimateDiff.")
-    if isinstance(model_sampling, comfy.model_sampling.ModelSamplingDiscreteEDM):
-        raise ValueError("This model samples on EDM's schedule. PCM adapters are for SD1.5, SDXL and AnimateDiff.")
+    edm = isinstance(model_sampling, comfy.model_sampling.ModelSamplingDiscreteEDM)
+    if edm or not hasattr(model_sampling, "num_timesteps"):
+        raise ValueError(
+            "This model samples on another schedule, such as EDM's. PCM adapters are for SD1.5, SDXL and AnimateDiff."
+        )
     if len(model_sampling.sigmas) != model_sampling.num_timesteps:
         raise ValueError(
             f"This model's schedule was cut to {len(model_sampling.sigmas)} of {model_sampling.num_timesteps} timesteps, as "

@@ -137,8 +137,12 @@ def inpainting(pictures: torch.Tensor, mask: torch.Tensor) -> Edit:
     Raises:
         ValueError: a mask that leaves nothing to draw, or nothing to keep.
     """
-    if mask.max() < BLACK:
-        raise ValueError("The mask is black everywhere, so there is nothing to draw. White is drawn anew.")
+    for i, one in enumerate(mask):
+        which = f"Mask {i}" if len(mask) > 1 else "The mask"
+        if one.max() < BLACK:
+            raise ValueError(f"{which} is black everywhere, so there is nothing to draw. White is drawn anew.")
+        if one.min() >= BLACK:
+            raise ValueError(f"{which} is black nowhere, so there is nothing to keep. Draw without a mask, or from strokes.")
     operator = KeepRegion(mask < BLACK, blend=mask)
     return Edit(operator, pictures, size_of(pictures), _filled(pictures, mask < 0.5), STRATEGIES["inpaint"])
 
@@ -163,7 +167,12 @@ def colorization(pictures: torch.Tensor, mask: torch.Tensor | None = None) -> Ed
     """Colour greyscale pictures, or the luminance (0.299 R + 0.587 G + 0.114 B) of coloured ones, which is kept.
 
     Where the mask is white, colour and luminance are drawn anew.
+
+    Raises:
+        ValueError: a mask that leaves nothing to keep.
     """
+    if mask is not None and any(bool(one.min() >= 0.5) for one in mask):
+        raise ValueError("The mask is white everywhere, so no luminance is kept. Draw without a mask, or from strokes.")
     operator = Luminance(None if mask is None else mask < 0.5)
     y = operator.measure(pictures)
     return Edit(operator, y, size_of(pictures), y.expand(-1, 3, -1, -1), STRATEGIES["colorize"])

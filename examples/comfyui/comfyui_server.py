@@ -168,14 +168,11 @@ class Server:
 
 
 def write_input(folder: Path) -> None:
-    """The picture that ComfyUI brings along and every example loads, here with a part masked in the mask editor."""
-    y, x = np.mgrid[:128, :128]
-    picture = np.stack([120 + 60 * np.sin(x / 20), 130 + 50 * np.cos(y / 25), 140 + 0 * x], -1)
+    """A picture of the name and the size of the one that ComfyUI brings along."""
+    y, x = np.mgrid[:768, :768]
+    picture = np.stack([120 + 60 * np.sin(x / 120), 130 + 50 * np.cos(y / 150), 140 + 0 * x], -1)
     picture += np.random.default_rng(0).normal(0, 10, picture.shape)
-    alpha = np.full((128, 128, 1), 255.0)
-    alpha[48:112, 48:112] = 0
-    pixels = np.concatenate([picture, alpha], -1).clip(0, 255).astype(np.uint8)
-    Image.fromarray(pixels).save(folder / "example.png")
+    Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(folder / "example.png")
 
 
 @contextmanager

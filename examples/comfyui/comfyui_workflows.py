@@ -103,7 +103,7 @@ def masked_latent(g: Builder) -> None:
     settings = g.add("PCMLoraSettings", lora_name=LORA[SD15], **file)
     image = g.add("LoadImage", image="example.png")
     latent = g.add("VAEEncode", pixels=image[0], vae=loaded.vae)
-    masked = g.add("SetLatentNoiseMask", samples=latent[0], mask=image[1])
+    masked = g.add("SetLatentNoiseMask", samples=latent[0], mask=square(g, loaded))
     common = loaded.common | {"settings": settings[0]}
     drawn = g.add("PCMKSampler", **common, **sampled(), latent_image=masked[0], denoise=1.0)
     save(g, g.add("VAEDecode", samples=drawn[0], vae=loaded.vae)[0], "pcm_masked")
@@ -132,52 +132,54 @@ def edited(g: Builder, node: str, prompt: str, name: str, **inputs: Any) -> None
     save(g, result[0], name)
 
 
-def picture(output: int = 0) -> Callable[[Builder, Loaded], list[Any]]:
-    """A link to the picture that ComfyUI brings along, or with 1 to its mask; one node for both."""
+def picture(g: Builder, _: Loaded) -> list[Any]:
+    """The picture that ComfyUI brings along, 768 x 768."""
+    return g.add("LoadImage", image="example.png")[0]
 
-    def link(g: Builder, _: Loaded) -> list[Any]:
-        same = [key for key, node in g.graph.items() if node["class_type"] == "LoadImage"]
-        return [same[0], output] if same else g.add("LoadImage", image="example.png")[output]
 
-    return link
+def small_picture(g: Builder, loaded: Loaded) -> list[Any]:
+    """Its miniature, to be enlarged."""
+    return g.add("ImageScale", image=picture(g, loaded), upscale_method="area", width=128, height=128, crop="center")[0]
+
+
+def square(g: Builder, _: Loaded) -> list[Any]:
+    """A mask for it: a square in its middle."""
+    black = g.add("SolidMask", value=0.0, width=768, height=768)
+    white = g.add("SolidMask", value=1.0, width=384, height=384)
+    return g.add("MaskComposite", destination=black[0], source=white[0], x=192, y=192, operation="add")[0]
 
 
 def inpaint(g: Builder) -> None:
-    given = {"image": picture(), "mask": picture(1), "strength": 0.8, "eta": 1.0}
+    given = {"image": picture, "mask": square, "strength": 0.8, "eta": 1.0}
     edited(g, "PCMInpaint", "a bunch of red tulips", "pcm_inpaint", **given)
 
 
 def outpaint(g: Builder) -> None:
     margins = {"left": 64, "top": 0, "right": 64, "bottom": 0, "strength": 0.8, "eta": 1.0}
-    edited(g, "PCMOutpaint", "a wide landscape", "pcm_outpaint", image=picture(), **margins)
+    edited(g, "PCMOutpaint", "a wide landscape", "pcm_outpaint", image=picture, **margins)
 
 
 def colorize(g: Builder) -> None:
-    given = {"image": picture(), "strength": 0.6, "eta": 1.0}
+    given = {"image": picture, "strength": 0.6, "eta": 1.0}
     edited(g, "PCMColorize", "a colour photograph", "pcm_colorize", **given)
 
 
 def super_resolve(g: Builder) -> None:
-    given = {"image": picture(), "factor": 4, "kernel": "mean", "strength": 0.6, "eta": 1.0}
+    given = {"image": small_picture, "factor": 4, "kernel": "mean", "strength": 0.6, "eta": 1.0}
     edited(g, "PCMSuperResolve", "a sharp photograph", "pcm_super_resolve", **given)
 
 
 def stroke(g: Builder) -> None:
-    edited(g, "PCMStroke", "a photograph of a beach", "pcm_stroke", image=picture(), strength=0.6)
+    edited(g, "PCMStroke", "a photograph of a beach", "pcm_stroke", image=picture, strength=0.6)
 
 
 def denoise(g: Builder) -> None:
-    edited(g, "PCMDenoise", "a photograph", "pcm_denoise", image=picture(), noise_level=20.0)
+    edited(g, "PCMDenoise", "a photograph", "pcm_denoise", image=picture, noise_level=20.0)
 
 
 def interpolate(g: Builder) -> None:
-    given = {
-        "second_seed": 2, "count": 5, "width": 512, "height": 512,
-        "first": lambda g, _: g.add("LoadImage", image="example.png")[0],
-        "second": lambda g, _: g.add("LoadImage", image="example.png")[0],
-        "base_model": lambda _, loaded: loaded.base[0],
-    }  # fmt: skip
-    edited(g, "PCMInterpolate", "a photograph", "pcm_interpolate", **given)
+    given = {"second_seed": 2, "count": 5, "width": 512, "height": 512}
+    edited(g, "PCMInterpolate", "a photograph of a mountain lake", "pcm_interpolate", **given)
 
 
 def step_sheet(g: Builder) -> None:
@@ -224,21 +226,21 @@ WORKFLOWS: dict[str, Callable[[Builder], None]] = {
 }
 
 
+_MASK = "To paint your own mask: right-click Load Image, Open in MaskEditor, and connect its MASK in place of the square's."
 NOTES = {
     "text_to_image_sd15": "Four steps with a PCM LoRA. The loader reads from the file how it wants to be sampled.",
     "text_to_image_sdxl": "The same for SDXL.",
     "image_to_image": "denoise says how much is drawn anew; the steps stay on the edges of the phases.",
     "two_passes": "A small picture, then larger, from the middle of the schedule. PCM Scheduler keeps to the edges in both.",
     "step_sheet": "One run shows what each number of steps draws, beside samplers of ComfyUI's own.",
-    "masked_latent": "ComfyUI's own LoRA loader and its own masking, in latents. Mask a part: right-click Load Image, "
-    "Open in MaskEditor.",
-    "inpaint": "Every pixel outside of the mask is kept. Mask a part: right-click Load Image, Open in MaskEditor.",
+    "masked_latent": "ComfyUI's own LoRA loader and its own masking, in latents. " + _MASK,
+    "inpaint": "Every pixel outside of the mask is kept. " + _MASK,
     "outpaint": "The picture continues past its edges and is itself kept, pixel for pixel.",
     "colorize": "The luminance of the picture is kept, its colours are drawn.",
     "super_resolve": "Enlarge a picture; shrunk again it is the picture, to half a grey level.",
     "stroke": "From a sketch to a picture; strength says how freely.",
     "denoise": "Take out noise of a known strength; 0 estimates it.",
-    "interpolate": "From one picture to another. Choose a second picture.",
+    "interpolate": "From one seed to another; or between two pictures, with the model before the adapter as base_model.",
     "animatediff": "16 frames. Needs ComfyUI-AnimateDiff-Evolved and a motion module in models/animatediff_models.",
 }
 _FILES = (
@@ -272,6 +274,10 @@ def for_shapes(graph: Graph, prompt: str, image: str) -> Graph:
         "EmptyLatentImage": lambda _: {"width": 128, "height": 128},
         "LoadImage": lambda _: {"image": image},
         "PCMOutpaint": lambda _: {"left": 32, "right": 32},
+        "PCMInterpolate": lambda _: {"width": 128, "height": 128},
+        "SolidMask": lambda inputs: {side: inputs[side] // 6 for side in ("width", "height")},
+        "MaskComposite": lambda _: {"x": 62, "y": 32},  # beside the middle, where the scene has something
+        "ImageScale": lambda _: {"width": 32, "height": 32},
     }
     changed = {}
     for key, node in graph.items():

@@ -26,7 +26,8 @@ def pairs(count: int) -> list[dict[str, str]]:
     for _ in range(count):
         shape = str(rng.choice(SHAPES))
         first, second = (str(colour) for colour in rng.choice(list(COLOURS), 2, replace=False))
-        found.append({"prompt": f"a {first} {shape} and a {second} {shape}", "thing": f"a {second} {shape}"})
+        one, other = (f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape}" for colour in (first, second))
+        found.append({"prompt": f"{one} and {other}", "thing": other})
     return found
 
 

@@ -122,16 +122,17 @@ def test_what_is_kept_is_kept_in_the_saved_file(server, cfg):
             if "cfg" in node["inputs"]:
                 node["inputs"] |= {"cfg": cfg, "steps": 3, "seed": 5}
     drawn, given = result_of(server, graphs["inpaint"])
-    kept = given[..., 3] == 255
-    assert (drawn == given[..., :3])[kept].all()
-    assert np.abs(drawn - given[..., :3])[~kept].mean() > 1
+    kept = np.ones(given.shape[:2], bool)
+    kept[192:576, 192:576] = False
+    assert (drawn == given)[kept].all()
+    assert np.abs(drawn - given)[~kept].mean() > 1
     drawn, given = result_of(server, graphs["outpaint"])
-    assert (drawn[:, 64:-64] == given[..., :3]).all()
+    assert (drawn[:, 64:-64] == given).all()
     drawn, given = result_of(server, graphs["colorize"])
-    assert np.abs((drawn - given[..., :3]) @ LUMINANCE).max() <= 0.5 + 1e-3
+    assert np.abs((drawn - given) @ LUMINANCE).max() <= 0.5 + 1e-3
     drawn, given = result_of(server, graphs["super_resolve"])
-    means = drawn.reshape(128, 4, 128, 4, 3).mean(axis=(1, 3))
-    assert np.abs(means - given[..., :3]).max() <= 0.5 + 1e-3
+    small, means = (x.reshape(128, k, 128, k, 3).mean(axis=(1, 3)) for x, k in ((given, 6), (drawn, 4)))
+    assert np.abs(means - small).max() <= 0.5 + 1e-3
 
 
 def sampler_graph(**changes):
@@ -162,6 +163,14 @@ def sheet_graph(**changes):
     return graph
 
 
+def missing_file_graph():
+    graph = sampler_graph()
+    next(node for node in graph.values() if node["class_type"] == "PCMLoraLoader")["inputs"]["lora_name"] = (
+        "nowhere.safetensors"
+    )
+    return graph
+
+
 @pytest.mark.parametrize(
     ("graph", "word"),
     [
@@ -171,6 +180,7 @@ def sheet_graph(**changes):
         (without_settings(num_phases=60), "cannot be cut"),
         (without_settings(num_solver_steps=48), "or 50"),
         (sheet_graph(step_counts="two"), "whole numbers"),
+        (missing_file_graph(), "There is no nowhere.safetensors"),
         (sheet_graph(compare_with="euler nothing"), "euler simple"),
     ],
 )
@@ -184,7 +194,7 @@ def edit_graph(image_mask):
     g = Builder()
     loaded = load(g, "a red heart")
     image = g.add("LoadImage", image="example.png")
-    mask = g.add("SolidMask", value=image_mask, width=128, height=128)
+    mask = g.add("SolidMask", value=image_mask, width=768, height=768)
     widgets = {"seed": 1, "steps": 4, "cfg": 1.0, "strength": 0.8, "eta": 1.0}
     edit = g.add("PCMInpaint", **loaded.common, **widgets, vae=loaded.vae, image=image[0], mask=mask[0])
     g.add("PreviewImage", images=edit[0])
@@ -211,6 +221,7 @@ def other_family_graph():
     [
         (sampler_graph(steps=51), "at most 50"),
         (edit_graph(0.0), "White is drawn anew"),
+        (edit_graph(1.0), "nothing to keep"),
         (flow_graph(), "flow-matching"),
         (other_family_graph(), "the model is SD15"),
     ],
@@ -233,6 +244,11 @@ def test_odd_combinations_work_and_are_pointed_out(server):
     texts = [node for node in graph.values() if node["class_type"] == "CLIPTextEncode"]
     texts[1]["inputs"]["text"] = "blurry, ugly"
     assert "the negative prompt has no effect: 'blurry, ugly'" in said(server.run(graph))
+    # the usual wiring at cfg 1: nothing is left of the text
+    zeroed = json.loads(json.dumps(graph))
+    zeroed["zero"] = {"class_type": "ConditioningZeroOut", "inputs": {"conditioning": ["4", 0]}}
+    next(node for node in zeroed.values() if node["class_type"] == "PCMKSampler")["inputs"]["negative"] = ["zero", 0]
+    assert "negative" not in said(server.run(zeroed))
     next(node for node in graph.values() if node["class_type"] == "PCMKSampler")["inputs"]["cfg"] = 2.0
     assert "negative" not in said(server.run(graph))
     assert "recommends 1; try 1 to 2" in said(server.run(sampler_graph(seed=9, cfg=7.0)))

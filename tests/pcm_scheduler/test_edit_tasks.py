@@ -98,7 +98,9 @@ def test_denoising_starts_at_the_noises_own_level():
     ("make", "words"),
     [
         (lambda: inpainting(pictures(), torch.zeros(1, 1, *SIZE)), "nothing to draw"),
-        (lambda: inpainting(pictures(), torch.ones(1, 1, *SIZE)), "empty"),
+        (lambda: inpainting(pictures(), torch.ones(1, 1, *SIZE)), "nothing to keep"),
+        (lambda: inpainting(pictures(), torch.cat([mask(), torch.zeros(1, 1, *SIZE)])), "Mask 1 is black everywhere"),
+        (lambda: colorization(pictures(), torch.ones(1, 1, *SIZE)), "no luminance is kept"),
         (lambda: outpainting(pictures()), "at least one of them more"),
         (lambda: outpainting(pictures(), left=-1), "0 or more"),
         (lambda: super_resolution(pictures(), 1), "from 2"),
