@@ -68,7 +68,9 @@ class FrontEnd:
 
     def open_api_form(self, graph: Graph, name: str, note: str | None = None) -> None:
         """Lay out a graph given in API form, with a note beside it."""
-        self.page.evaluate("async ([g, n]) => { await app.loadApiJson(g, n); app.graph.arrange(); }", [graph, name])
+        self.page.evaluate("async ([g, n]) => { await app.loadApiJson(g, n); }", [graph, name])
+        self.page.wait_for_timeout(1500)  # pictures load, and their nodes grow
+        self.page.evaluate("() => app.graph.arrange()")
         if note is not None:
             self.page.evaluate(_ADD_NOTE, [note, 320])
 
