@@ -125,9 +125,23 @@ def configuration(variant: Variant) -> TrainConfig:
 
 
 def identity(config: TrainConfig) -> str:
-    """Changes when the model or anything of the configuration does that makes other weights."""
-    plain = dataclasses.asdict(dataclasses.replace(config, output="a.safetensors", checkpoint_every=1))
-    return hashlib.sha256(json.dumps([model_fingerprint(), plain], sort_keys=True).encode()).hexdigest()[:12]
+    """Changes when the model does, or what the configuration says beside defaults; a new setting changes nothing."""
+    plain = dataclasses.asdict(dataclasses.replace(config, output="a.safetensors", checkpoint_every=500, title=""))
+    told = differing(plain, dataclasses.asdict(TrainConfig()))
+    return hashlib.sha256(json.dumps([model_fingerprint(), told], sort_keys=True).encode()).hexdigest()[:12]
+
+
+def differing(ours: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """What is not as by default, group by group."""
+    found = {}
+    for name, value in ours.items():
+        if isinstance(value, dict):
+            value = differing(value, defaults[name])
+            if value:
+                found[name] = value
+        elif value != defaults[name]:
+            found[name] = value
+    return found
 
 
 def best_guidance(studio: Studio, jury: Judge, name: str) -> float:
