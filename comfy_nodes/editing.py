@@ -6,7 +6,6 @@ for it, so the loop runs outside of sampling and asks for each x_0 by a sampling
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management
@@ -16,13 +15,11 @@ import latent_preview
 import torch
 from torch.nn import functional as F
 
-from ..pcm_scheduler.edit_tasks import Edit, draw
+from ..pcm_scheduler.edit_tasks import Edit, draw, size_of
 from ..pcm_scheduler.editing import Codec, invert
 from ..pcm_scheduler.phases import PhaseGrid
-from ..pcm_scheduler.sampling import NoiseSampler
+from ..pcm_scheduler.sampling import Denoiser, NoiseSampler
 from .sampling import points_of, sigmas_at
-
-Denoiser = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 def at_home(tensor: torch.Tensor) -> torch.Tensor:
@@ -157,8 +154,7 @@ class Host:
         """
         sigmas = sigmas_at(self.model, grid, grid.timesteps)
         lengths = (1 + sigmas**2).sqrt()  # of x at each level, when latents and noise have unit variance
-        size = (pictures.shape[-2], pictures.shape[-1])
-        sample = self.codec(size).encode(pictures) * lengths[0]
+        sample = self.codec(size_of(pictures)).encode(pictures) * lengths[0]
         return invert(self.denoiser(sigmas), sample, [1.0] * len(sigmas), sigmas.tolist()) / lengths[-1]
 
 

@@ -22,6 +22,7 @@ from ..pcm_scheduler.edit_tasks import (
     super_resolution,
 )
 from ..pcm_scheduler.editing import slerp
+from ..pcm_scheduler.phases import PhaseGrid
 from .advice import advice
 from .editing import Host, to_mask, to_pictures
 from .face import HIDDEN, say, told_negative
@@ -96,6 +97,11 @@ class EditNode(PhaseNode):
             outputs=[io.Image.Output("edited", display_name="image", tooltip=f"The result{kept}.")],
             hidden=HIDDEN,
         )
+
+    @staticmethod
+    def grid(inputs: dict[str, Any]) -> PhaseGrid:
+        """Of a node's inputs, before they are passed on to `edit`."""
+        return chosen_grid(inputs.get("settings"), inputs.get("num_phases", 4), inputs.get("num_solver_steps", 50))
 
     @classmethod
     def edit(
@@ -237,8 +243,7 @@ class PCMDenoise(EditNode):
 
     @classmethod
     def execute(cls, image: torch.Tensor, noise_level: float, model: Any, steps: int, **common: Any) -> io.NodeOutput:
-        phases = {name: common[name] for name in ("settings", "num_phases", "num_solver_steps") if name in common}
-        grid = chosen_grid(**({"settings": None, "num_phases": 4, "num_solver_steps": 50} | phases))
+        grid = cls.grid(common)
         ratios = sigmas_at(model, grid, grid.timesteps[1:]).tolist()
         task = denoising(to_pictures(image), noise_level or None, grid, ratios)
         return cls.edit(task, model=model, steps=min(steps, grid.start_point(task.strength)), **common)
@@ -296,7 +301,7 @@ class PCMInterpolate(EditNode):
                 f"Both pictures must have one size; they are {' and '.join(f'{w} x {h}' for h, w in sorted(sizes))}."
             )
         (size,) = sizes
-        grid = chosen_grid(common.get("settings"), common.get("num_phases", 4), common.get("num_solver_steps", 50))
+        grid = cls.grid(common)
         # Unguided and told what is wanted, as the model is when it draws at cfg 1.
         host = Host(base_model or model, vae, positive, negative, 1.0, seed)
         ends = [

@@ -9,7 +9,11 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Literal
 
+import torch
+
 from pcm_scheduler.phases import PhaseGrid
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of the networks
 
 # `all` is PCM's own list: attention, feed-forward, projections, resnet convolutions, samplers, time embeddings.
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")

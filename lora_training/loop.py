@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -25,12 +24,13 @@ from pcm_scheduler.phases import PhaseGrid
 
 from .backbones import load_backbone
 from .checkpoint import Checkpoints
-from .config import TrainConfig
+from .config import DTYPES, TrainConfig
 from .cpu import keep_freed_memory, use_plain_attention
 from .data.latent_cache import LatentCache, TrainingData
 from .data.sources import open_source
 from .data.stream import StreamingData
 from .discriminator import AdversarialLoss
+from .files import write_text
 from .hub import push
 from .model_card import model_card
 from .objectives import ConsistencyObjective, sampling_eta, target_decay
@@ -45,7 +45,6 @@ _NOT_IDENTITY = (
     "output", "title", "checkpoint_every", "checkpoints_kept", "resume", "max_bad_steps", "gradient_checkpointing", "compile",
     "log_with", "validation", "push_to_hub", "dry_run",
 )  # fmt: skip
-_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of the frozen weights
 
 
 class Interrupted(Exception):  # noqa: N818  (not an error)
@@ -87,7 +86,7 @@ class Run:
         self.data = self._load_data()
         self.grids = config.grids(self.backbone.num_train_timesteps)
         if not on_cpu:  # where memory is short, and every operation takes half precision
-            self.backbone.unet.to(_DTYPES[config.mixed_precision])
+            self.backbone.unet.to(DTYPES[config.mixed_precision])
         self.student = build_student(self.backbone, config, self.mesh)
         if config.gradient_checkpointing:
             self.backbone.unet.enable_gradient_checkpointing()
@@ -196,7 +195,7 @@ class Run:
         if main:
             if self.mesh:
                 print(f"weights are split between {self.mesh.size()} processes")
-            _write_text(self.folder / "config.yaml", yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
+            write_text(self.folder / "config.yaml", yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
         if config.log_with != "none":
             self.accelerator.init_trackers(self.output.stem, init_kwargs={"wandb": {"dir": str(self.folder)}})
         bar = tqdm(
@@ -316,7 +315,7 @@ class Run:
         extra = {"pcm_trainer.version": __version__, "pcm_trainer.config": json.dumps(_without_folders(asdict(config)))}
         self.student.write(self.output, state, settings, config.title, extra)
         sample = f"samples/step-{config.optimizer.steps:08d}.png"
-        _write_text(self.folder / "README.md", model_card(config, settings, self.data.describe(), sample))
+        write_text(self.folder / "README.md", model_card(config, settings, self.data.describe(), sample))
 
 
 def run(config: TrainConfig) -> Path:
@@ -370,13 +369,6 @@ def _plain(value: object) -> object:
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _average_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parameter]) -> None:

@@ -29,7 +29,7 @@ from .backbones import Backbone, Conditioning
 from .backbones.conditioning import expanded
 from .config import ObjectiveConfig
 from .distances import build_distance
-from .teacher import SOLVERS, Levels, Prediction, guided_prediction
+from .teacher import SOLVERS, Prediction, guided_prediction, levels_of
 
 if TYPE_CHECKING:
     from .discriminator import AdversarialLoss
@@ -170,11 +170,7 @@ class ConsistencyObjective:
 
     def __init__(self, backbone: Backbone, grid: PhaseGrid, config: ObjectiveConfig):
         self.backbone, self.grid, self.config = backbone, grid, config
-        device = backbone.unet.device
-        stops = torch.tensor(grid.timesteps)
-        self.levels = Levels(
-            stops.to(device), backbone.alphas[stops].float().to(device), backbone.sigmas[stops].float().to(device)
-        )
+        self.levels = levels_of(backbone, grid)
         self.kind, self.solver, self.distance = KINDS[config.name], SOLVERS[config.solver], build_distance(config, backbone)
         self.longest_phase = max(b - a for a, b in pairwise(grid.edge_indices))
 

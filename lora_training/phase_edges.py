@@ -19,7 +19,7 @@ from pcm_scheduler.phases import PhaseGrid
 from .backbones.conditioning import expanded
 from .loop import Run
 from .randomness import generator_of
-from .teacher import Levels, guided_prediction
+from .teacher import guided_prediction, levels_of
 from .train import parse
 
 SAMPLES = 32
@@ -36,8 +36,7 @@ def teacher_curvature(run: Run, samples: int = SAMPLES) -> torch.Tensor:
     backbone, config, device = run.backbone, run.config, run.accelerator.device
     steps = config.objective.num_solver_steps
     grid = PhaseGrid.even(1, steps * max(1, _FINEST // steps) if _FINEST % steps == 0 else steps, run.grid.num_train_timesteps)
-    stops = torch.tensor(grid.timesteps)
-    levels = Levels(stops.to(device), backbone.alphas[stops].float().to(device), backbone.sigmas[stops].float().to(device))
+    levels = levels_of(backbone, grid)
     generator = generator_of(config.seed, 0)
     latents, conditioning = run.data.draw(samples, generator, device)
     empty = {name: tensor.to(device, torch.float32) for name, tensor in run.data.empty.items()}

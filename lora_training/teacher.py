@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from pcm_scheduler.noise_schedule import predict_x0_and_epsilon
+from pcm_scheduler.phases import PhaseGrid
 from pcm_scheduler.sampling import jump
 
 from .backbones import Backbone, Conditioning
@@ -25,6 +26,12 @@ class Levels:
     def __call__(self, n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """alpha and sigma at points n (B,), as (B, 1, 1, 1)."""
         return self.alphas[n].view(-1, 1, 1, 1), self.sigmas[n].view(-1, 1, 1, 1)
+
+
+def levels_of(backbone: Backbone, grid: PhaseGrid) -> Levels:
+    """The model's schedule on the points of a grid, where the model is, in float32."""
+    stops, device = torch.tensor(grid.timesteps), backbone.unet.device
+    return Levels(stops.to(device), backbone.alphas[stops].float().to(device), backbone.sigmas[stops].float().to(device))
 
 
 Prediction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -24,8 +24,6 @@ from pcm_scheduler.scheduling_pcm import PCMScheduler
 
 from ..randomness import generator_of
 
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
 
 @dataclass(frozen=True)
 class Rival:

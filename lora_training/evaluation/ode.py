@@ -9,18 +9,13 @@ import torch
 
 from pcm_scheduler.phases import PhaseGrid
 
-from ..backbones import FAMILIES, Backbone
+from ..backbones import FAMILIES
 from ..backbones.conditioning import expanded
-from ..teacher import Levels, Prediction, guided_prediction
+from ..config import DTYPES
+from ..teacher import Levels, Prediction, guided_prediction, levels_of
 from .config import EvaluationConfig
-from .methods import DTYPES, Gallery
+from .methods import Gallery
 from .trajectory import END, States, ode_errors, student_states, teacher_states
-
-
-def levels_of(backbone: Backbone, grid: PhaseGrid, device: torch.device) -> Levels:
-    """The model's schedule on the points of a grid."""
-    stops = torch.tensor(grid.timesteps)
-    return Levels(stops.to(device), backbone.alphas[stops].float().to(device), backbone.sigmas[stops].float().to(device))
 
 
 def ode_rows(gallery: Gallery, config: EvaluationConfig, prompts: Sequence[str], device: torch.device) -> list[dict[str, Any]]:
@@ -61,10 +56,10 @@ def ode_rows(gallery: Gallery, config: EvaluationConfig, prompts: Sequence[str],
         fine = PhaseGrid.from_timesteps(grid.edges[1:], asked.solver_steps, grid.num_train_timesteps)
         if (fine, guidance_scale) not in solved:
             gallery.put_in_place(None)
-            levels = levels_of(backbone, fine, device)
+            levels = levels_of(backbone, fine)
             solved[fine, guidance_scale] = teacher_states(predicting(levels, guidance_scale), levels, noise, fine)
         gallery.put_in_place(name)
-        levels = levels_of(backbone, grid, device)
+        levels = levels_of(backbone, grid)
         predict = predicting(levels, gallery.guidance_scale(name))
         for steps in asked.steps:
             errors = ode_errors(student_states(predict, levels, noise, grid, steps), solved[fine, guidance_scale])

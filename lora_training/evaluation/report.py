@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 from tabulate import tabulate
 
+from ..files import write_text
 from .metrics import METRICS
 from .run import Evaluation
 
@@ -21,8 +22,8 @@ def write_report(evaluation: Evaluation, report: dict[str, Any]) -> Path:
     root = evaluation.root
     plots = plot(report["rows"], root)
     grid = picture_grid(evaluation, root / "pictures.png")
-    _write(root / "report.json", json.dumps(report, indent=1) + "\n")
-    _write(root / "report.md", markdown(report, [*plots, grid]))
+    write_text(root / "report.json", json.dumps(report, indent=1) + "\n")
+    write_text(root / "report.md", markdown(report, [*plots, grid]))
     return root / "report.md"
 
 
@@ -119,9 +120,3 @@ def _first(evaluation: Evaluation, method: Any, steps: int, count: int) -> torch
         if len(found) == count:
             break
     return torch.stack(found)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from ..backbones import FAMILIES
+from ..config import DTYPES
 from ..distances import load_lpips
 from .alignment import load_scorer, mean_score
 from .config import EvaluationConfig
 from .distribution import Moments, frechet_distance, kernel_distance, precision_recall
 from .features import Features, extract, load_features
 from .generation import Pictures, folder_of, generate
-from .methods import DTYPES, Gallery, MethodConfig
+from .methods import Gallery, MethodConfig
 from .ode import ode_rows
 from .prompts import read_pairs, read_prompts
 from .response import Generate, guidance_response, negative_prompt_response
@@ -175,7 +176,7 @@ class Evaluation:
             return None
         return {
             "title": self.config.title,
-            "config": json.loads(json.dumps(asdict(replace(self.config)), default=str)),
+            "config": json.loads(json.dumps(asdict(self.config), default=str)),
             "pictures": len(self.prompts),
             "rows": self.measure(),
             "guidance": self.guidance(),
