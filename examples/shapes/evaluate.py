@@ -115,7 +115,7 @@ class Studio:
         prompts: list[str],
         latents: torch.Tensor,
         steps: int,
-        batch: int = 64,
+        batch: int = 32,
         progress: str | None = None,
         **frame: tuple[int, int],
     ) -> torch.Tensor:
