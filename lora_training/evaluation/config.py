@@ -18,14 +18,28 @@ class ReferenceConfig:
     Attributes:
         folder: of pictures, such as the data's own; empty: drawn by `method`.
         method: usually the teacher at many steps.
-        seed: of its noise: other than the methods', so that it is a distribution and not the same pictures.
+        seed: of its noise: none of the methods', so that it is a distribution and not the same pictures.
     """
 
     folder: str = ""
     method: MethodConfig = field(
         default_factory=lambda: MethodConfig("reference", scheduler="ddim", steps=(50,), guidance_scale=5.0)
     )
-    seed: int = 1
+    seed: int = 1000
+
+
+@dataclass
+class PairConfig:
+    """Two methods between which consistency is measured, such as an adapter for 1 step and another for 16.
+
+    Attributes:
+        few, many: their names.
+        steps: of each.
+    """
+
+    few: str
+    many: str
+    steps: tuple[int, int] = (1, 16)
 
 
 @dataclass
@@ -83,13 +97,13 @@ class EvaluationConfig:
         prompts: a file, see `read_prompts`.
         count: of pictures for each row, the first prompts; 0: all.
         size: (height, width).
-        seed: of all noise.
+        seeds: of noise; from several, figures are means with standard deviations, and diversity is measured.
         batch_size: pictures at a time.
-        shard_size: pictures in a file on disk.
-        precision: of the networks.
+        precision: of the networks; with `bf16` only the UNet's inside, for latents need more than its 8 bits.
         reference: what distances are to; with `features`.
         features: the space of distances; None: they are not measured.
         similarity: the space of consistency; None: that of distances.
+        pairs: of methods, for consistency between them; each method's fewest and most steps are compared anyway.
         alignment: the judge of pictures beside prompts; None: they are not judged.
         lpips_weights: for LPIPS between step counts, see `objective.lpips_weights`; empty: not measured.
         guidance: how methods answer it.
@@ -105,13 +119,13 @@ class EvaluationConfig:
     prompts: str = "prompts.txt"
     count: int = 0
     size: tuple[int, int] = (512, 512)
-    seed: int = 0
+    seeds: tuple[int, ...] = (0,)
     batch_size: int = 16
-    shard_size: int = 64
     precision: Literal["no", "fp16", "bf16"] = "no"
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     features: FeatureConfig | None = None
     similarity: FeatureConfig | None = None
+    pairs: tuple[PairConfig, ...] = ()
     alignment: ScorerConfig | None = None
     lpips_weights: str = ""
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
@@ -127,8 +141,17 @@ class EvaluationConfig:
             raise ValueError("methods: name at least one to evaluate.")
         if self.reference.method.name in {method.name for method in self.methods}:
             raise ValueError(f"methods: {self.reference.method.name!r} is the reference's name; choose another.")
-        if min(self.batch_size, self.shard_size) < 1:
-            raise ValueError(f"batch_size and shard_size must be positive; got {self.batch_size} and {self.shard_size}.")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be positive; got {self.batch_size}.")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds: name at least one, and each once; got {self.seeds}.")
+        if self.reference.seed in self.seeds:
+            raise ValueError(f"reference.seed: {self.reference.seed} is among seeds; the reference needs noise of its own.")
+        drawn = {(method.name, steps) for method in self.methods for steps in method.steps}
+        for pair in self.pairs:
+            for asked in zip((pair.few, pair.many), pair.steps, strict=True):
+                if asked not in drawn:
+                    raise ValueError(f"pairs: there is no method {asked[0]!r} at {asked[1]} steps among methods.")
         if self.guidance.scales and self.alignment is None:
             raise ValueError("guidance.scales needs a judge: set alignment.")
         if self.negative.pairs and self.alignment is None:

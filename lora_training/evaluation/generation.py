@@ -1,18 +1,18 @@
-"""Pictures of every method on disk: split between processes, and where a run was interrupted it goes on."""
+"""Pictures of every method on disk, as PNG files: split between processes, and where a run was interrupted it goes on."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
-
-from pcm_scheduler.lora_file import write_safetensors
 
 from .methods import Gallery, MethodConfig
 
@@ -22,26 +22,34 @@ class Pictures:
     """Where the pictures of one method at one number of steps are.
 
     Attributes:
-        folder: of its shards.
+        folder: of `00000.png` and on, a picture for each prompt.
         count: pictures in all.
-        shard_size: in a file.
+        batch_size: pictures at a time.
     """
 
     folder: Path
     count: int
-    shard_size: int
+    batch_size: int
 
     @property
-    def shards(self) -> list[range]:
-        """The pictures' numbers, file by file."""
-        return [range(a, min(a + self.shard_size, self.count)) for a in range(0, self.count, self.shard_size)]
+    def batches(self) -> list[range]:
+        """The pictures' numbers, batch by batch."""
+        return [range(a, min(a + self.batch_size, self.count)) for a in range(0, self.count, self.batch_size)]
 
-    def path(self, shard: int) -> Path:
-        return self.folder / f"{shard:05d}.safetensors"
+    def path(self, number: int) -> Path:
+        return self.folder / f"{number:05d}.png"
 
     def missing(self) -> list[int]:
-        """Shards that are not there."""
-        return [i for i in range(len(self.shards)) if not self.path(i).is_file()]
+        """Pictures that are not there."""
+        there = {path.name for path in self.folder.glob("*.png")}
+        return [number for number in range(self.count) if self.path(number).name not in there]
+
+    def keep(self, number: int, picture: torch.Tensor) -> None:
+        """A picture, uint8 (3, H, W), under its number."""
+        path = self.path(number)
+        temporary = path.with_suffix(".tmp")
+        to_pil_image(picture).save(temporary, format="PNG", compress_level=1)
+        os.replace(temporary, path)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         """Batches (N, 3, H, W) in [-1, 1], in order.
@@ -51,9 +59,15 @@ class Pictures:
         """
         missing = self.missing()
         if missing:
-            raise FileNotFoundError(f"{self.folder}: {len(missing)} of {len(self.shards)} files have not been drawn yet.")
-        for i in range(len(self.shards)):
-            yield load_file(self.path(i))["pictures"].float() / 127.5 - 1
+            raise FileNotFoundError(f"{self.folder}: {len(missing)} of {self.count} pictures have not been drawn yet.")
+        for batch in self.batches:
+            yield torch.stack([read_picture(self.path(number)) for number in batch])
+
+
+def read_picture(path: Path) -> torch.Tensor:
+    """(3, H, W) in [-1, 1]."""
+    with Image.open(path) as image:
+        return pil_to_tensor(image.convert("RGB")).float() / 127.5 - 1
 
 
 def folder_of(root: Path, method: MethodConfig, steps: int, setting: object) -> Path:
@@ -78,8 +92,8 @@ def generate(
     steps: int,
     prompts: Sequence[str],
     size: tuple[int, int],
+    seed: int,
     pictures: Pictures,
-    batch_size: int,
     process: tuple[int, int] = (0, 1),
 ) -> None:
     """Draw what is missing of a method's pictures.
@@ -89,19 +103,18 @@ def generate(
         name, steps: of the method.
         prompts: one for each picture.
         size: (height, width).
-        pictures: where to.
-        batch_size: pictures at a time; it does not change them beyond rounding.
-        process: this one's number, and how many there are; each draws its share of the files.
+        seed: of the noise.
+        pictures: where to; the size of a batch does not change them beyond rounding.
+        process: this one's number, and how many there are; each draws its share.
     """
-    mine = [i for i in pictures.missing() if i % process[1] == process[0]]
-    total = sum(len(pictures.shards[i]) for i in mine)
-    with tqdm(total=total, desc=f"{name}, {steps} steps", unit="picture", disable=not mine or process[0] > 0) as bar:
-        for i in mine:
-            parts = []
-            shard = pictures.shards[i]
-            for start in range(0, len(shard), batch_size):
-                numbers = shard[start : start + batch_size]
-                drawn = gallery.draw(name, steps, [prompts[n] for n in numbers], numbers, size)
-                parts.append((drawn.float().clamp(0, 1) * 255).round().byte().cpu())
-                bar.update(len(numbers))
-            write_safetensors({"pictures": torch.cat(parts)}, pictures.path(i), {})
+    number, processes = process
+    # by a picture's own number, so that a process that finds others' pictures done already still draws only its own
+    mine = [i for i in pictures.missing() if i // pictures.batch_size % processes == number]
+    pictures.folder.mkdir(parents=True, exist_ok=True)
+    with tqdm(total=len(mine), desc=f"{name}, {steps} steps", unit="picture", disable=not mine or number > 0) as bar:
+        for start in range(0, len(mine), pictures.batch_size):
+            numbers = mine[start : start + pictures.batch_size]
+            drawn = gallery.draw(name, steps, [prompts[n] for n in numbers], numbers, size, seed)
+            for n, picture in zip(numbers, (drawn.float().clamp(0, 1) * 255).round().byte().cpu(), strict=True):
+                pictures.keep(n, picture)
+            bar.update(len(numbers))

@@ -86,17 +86,16 @@ class Gallery:
     Args:
         pipe: of SD1.5's or SDXL's kind, on its device.
         methods: their adapters are loaded; names must differ.
-        seed: of the initial noise.
 
     Raises:
         ValueError: two methods of one name, or an adapter that does not fit.
     """
 
-    def __init__(self, pipe: Any, methods: Sequence[MethodConfig], seed: int = 0):
+    def __init__(self, pipe: Any, methods: Sequence[MethodConfig]):
         names = [method.name for method in methods]
         if len(set(names)) < len(names):
             raise ValueError(f"Methods need names of their own; got {names}.")
-        self.pipe, self.seed = pipe, seed
+        self.pipe = pipe
         self.methods = {method.name: method for method in methods}
         config = dict(pipe.scheduler.config)
         self.settings: dict[str, AdapterSettings] = {}  # of those methods that have an adapter
@@ -126,11 +125,11 @@ class Gallery:
             self._guidance[method.name] = _first(method.guidance_scale, settings.guidance_scale if settings else 1.0)
             self._eta[method.name] = _first(method.eta, eta)
 
-    def noise(self, indices: Sequence[int], size: tuple[int, int]) -> torch.Tensor:
+    def noise(self, indices: Sequence[int], size: tuple[int, int], seed: int) -> torch.Tensor:
         """Initial latents (N, 4, h, w) of pictures by their number, the same for every method, batch and process."""
         scale = self.pipe.vae_scale_factor
         shape = (self.pipe.unet.config.in_channels, size[0] // scale, size[1] // scale)
-        return torch.stack([torch.randn(shape, generator=generator_of(self.seed, i)) for i in indices])
+        return torch.stack([torch.randn(shape, generator=generator_of(seed, i)) for i in indices])
 
     def put_in_place(self, name: str | None) -> None:
         """The adapter and the scheduler of a method; None: the model alone."""
@@ -154,6 +153,7 @@ class Gallery:
         prompts: Sequence[str],
         indices: Sequence[int],
         size: tuple[int, int],
+        seed: int = 0,
         negative_prompts: Sequence[str] | None = None,
         guidance_scale: float | None = None,
         output_type: str = "pt",
@@ -164,14 +164,15 @@ class Gallery:
             name: of the method.
             steps: of sampling.
             prompts: N texts.
-            indices: N numbers, which name the noise: the initial one and what is drawn on the way.
+            indices: N numbers, which with the seed name the noise: the initial one and what is drawn on the way.
             size: (height, width).
+            seed: of all noise.
             negative_prompts: N texts.
             guidance_scale: instead of the method's.
             output_type: `pt`: pictures (N, 3, H, W) in [0, 1]; `latent`: (N, 4, h, w).
         """
         self.put_in_place(name)
-        latents = self.noise(indices, size).to(self.pipe.unet.device, self.pipe.unet.dtype)
+        latents = self.noise(indices, size, seed).to(self.pipe.unet.device, self.pipe.unet.dtype)
         return self.pipe(
             prompt=list(prompts),
             negative_prompt=None if negative_prompts is None else list(negative_prompts),
@@ -179,7 +180,7 @@ class Gallery:
             num_inference_steps=steps,
             guidance_scale=self._guidance[name] if guidance_scale is None else guidance_scale,
             eta=self._eta[name],
-            generator=[generator_of(self.seed, i, 1) for i in indices],
+            generator=[generator_of(seed, i, 1) for i in indices],
             height=size[0],
             width=size[1],
             output_type=output_type,

@@ -18,7 +18,9 @@ from .methods import Gallery
 from .trajectory import END, States, ode_errors, student_states, teacher_states
 
 
-def ode_rows(gallery: Gallery, config: EvaluationConfig, prompts: Sequence[str], device: torch.device) -> list[dict[str, Any]]:
+def ode_rows(
+    gallery: Gallery, config: EvaluationConfig, prompts: Sequence[str], seed: int, device: torch.device
+) -> list[dict[str, Any]]:
     """The error at the end, and at every edge that is visited, of each adapter at each number of steps.
 
     Means over prompts, of x_t's elements, whose variance is about 1.
@@ -36,7 +38,7 @@ def ode_rows(gallery: Gallery, config: EvaluationConfig, prompts: Sequence[str],
     conditioning = backbone.encode_prompts(texts)
     frame = expanded(backbone.frame_conditioning(config.size, (0, 0), config.size), len(texts))
     conditioning, empty = conditioning | frame, expanded(backbone.empty_conditioning(), len(texts))
-    noise = gallery.noise(range(len(texts)), config.size).to(device)
+    noise = gallery.noise(range(len(texts)), config.size, seed).to(device)
 
     def predicting(levels: Levels, guidance_scale: float) -> Prediction:
         """Of the network as it is now."""

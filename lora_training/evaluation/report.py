@@ -16,6 +16,13 @@ from ..files import write_text
 from .metrics import METRICS
 from .run import Evaluation
 
+SECTIONS = {
+    "consistency": "Consistency between numbers of steps",
+    "guidance": "Guidance",
+    "negative": "Negative prompts",
+    "ode": "Error to the teacher's ODE",
+}
+
 
 def write_report(evaluation: Evaluation, report: dict[str, Any]) -> Path:
     """`report.json`, `report.md` and the pictures in it; returns the Markdown file."""
@@ -29,12 +36,19 @@ def write_report(evaluation: Evaluation, report: dict[str, Any]) -> Path:
 
 def markdown(report: dict[str, Any], pictures: Sequence[Path]) -> str:
     """The tables, and the pictures below them."""
-    parts = [f"# {report['title']}", f"{report['pictures']} pictures a row.", table(report["rows"])]
-    for part, heading in (("guidance", "Guidance"), ("negative", "Negative prompts"), ("ode", "Error to the teacher's ODE")):
+    parts = [f"# {report['title']}", what_a_row_is(report), table(report["rows"])]
+    for part, heading in SECTIONS.items():
         if report[part]:
             parts += [f"## {heading}", table(report[part])]
     parts += [f"![{path.stem}]({path.name})" for path in pictures]
     return "\n\n".join(parts) + "\n"
+
+
+def what_a_row_is(report: dict[str, Any]) -> str:
+    """How many pictures, of how many noises."""
+    seeds = report["seeds"]
+    spread = f" from each of {len(seeds)} noises: means ± standard deviations over them" if len(seeds) > 1 else ""
+    return f"{report['pictures']} pictures a row{spread}."
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -115,7 +129,7 @@ def picture_grid(evaluation: Evaluation, path: Path) -> Path:
 
 def _first(evaluation: Evaluation, method: Any, steps: int, count: int) -> torch.Tensor:
     found: list[torch.Tensor] = []
-    for batch in evaluation.pictures(method, steps, evaluation.config.seed):
+    for batch in evaluation.pictures(method, steps, evaluation.config.seeds[0]):
         found += list(batch[: count - len(found)])
         if len(found) == count:
             break

@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from PIL import Image
-from torchvision.transforms.functional import pil_to_tensor
+from accelerate.utils import convert_outputs_to_fp32
+from tqdm import tqdm
 
 from ..backbones import FAMILIES
-from ..config import DTYPES
 from ..distances import load_lpips
 from .alignment import load_scorer, mean_score
-from .config import EvaluationConfig
+from .config import EvaluationConfig, PairConfig
 from .distribution import Moments, frechet_distance, kernel_distance, precision_recall
-from .features import Features, extract, load_features
-from .generation import Pictures, folder_of, generate
+from .features import extract, load_features
+from .generation import Pictures, folder_of, generate, read_picture
 from .methods import Gallery, MethodConfig
 from .ode import ode_rows
 from .prompts import read_pairs, read_prompts
 from .response import Generate, guidance_response, negative_prompt_response
-from .similarity import consistency, perceptual_distance
+from .similarity import consistency, diversity, perceptual_distance
 
 Row = dict[str, Any]
+Item = TypeVar("Item")
+KEYS = ("method", "steps", "guidance_scale")  # what a row is of; the rest of it was measured
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
@@ -53,28 +55,29 @@ class Evaluation:
         self.lpips = load_lpips(config.lpips_weights, "lpips_weights").to(device) if config.lpips_weights else None
         family = FAMILIES[config.model.family]
         pipe = family.pipeline_class.from_pretrained(config.model.path, **family.load_arguments)
-        pipe.to(device, DTYPES[config.precision])
+        pipe.to(device, torch.float16 if config.precision == "fp16" else torch.float32)
+        if config.precision == "bf16":
+            pipe.unet.forward = convert_outputs_to_fp32(torch.autocast(device.type, torch.bfloat16)(pipe.unet.forward))
         pipe.set_progress_bar_config(disable=True)
         self.methods = list(config.methods)
-        self.gallery = Gallery(pipe, self.methods, config.seed)
-        self.reference_gallery = Gallery(pipe, [config.reference.method], config.reference.seed)
+        self.gallery = Gallery(pipe, [*self.methods, config.reference.method])
 
     def pictures(self, method: MethodConfig, steps: int, seed: int) -> Pictures:
         """Where a method's pictures are, or will be."""
         told = {"model": asdict(self.config.model), "prompts": self.prompts, "size": self.config.size, "seed": seed}
         folder = folder_of(self.root / "pictures", method, steps, told | {"precision": self.config.precision})
-        return Pictures(folder, len(self.prompts), self.config.shard_size)
+        return Pictures(folder, len(self.prompts), self.config.batch_size)
 
     def draw(self) -> None:
         """All pictures that are missing, this process's share of them, and wait for the others."""
         config, reference = self.config, self.config.reference
         process = (self.accelerator.process_index, self.accelerator.num_processes)
-        jobs = [(self.gallery, method, steps, config.seed) for method in self.methods for steps in method.steps]
+        jobs = [(method, steps, seed) for seed in config.seeds for method in self.methods for steps in method.steps]
         if self.features is not None and not reference.folder:
-            jobs.insert(0, (self.reference_gallery, reference.method, reference.method.steps[0], reference.seed))
-        for gallery, method, steps, seed in jobs:
+            jobs.insert(0, (reference.method, reference.method.steps[0], reference.seed))
+        for method, steps, seed in jobs:
             where = self.pictures(method, steps, seed)
-            generate(gallery, method.name, steps, self.prompts, config.size, where, config.batch_size, process)
+            generate(self.gallery, method.name, steps, self.prompts, config.size, seed, where, process)
         self.accelerator.wait_for_everyone()
 
     def reference(self) -> Iterator[torch.Tensor]:
@@ -85,75 +88,114 @@ class Evaluation:
         files = sorted(path for path in Path(reference.folder).rglob("*") if path.suffix.lower() in _SUFFIXES)
         if len(files) < 2:
             raise ValueError(f"reference.folder: {reference.folder} has {len(files)} pictures.")
-        return (_read(path)[None] for path in files)
+        return (read_picture(path)[None] for path in files)
 
     def measure(self) -> list[Row]:
-        """A row for every method and number of steps."""
-        rows: list[Row] = []
+        """A row for every method and number of steps, over all seeds."""
         known = torch.cat(list(extract(self.features, self.reference()))) if self.features is not None else None
-        for method in self.methods:
-            for steps in method.steps:
-                row: Row = {"method": method.name, "steps": steps}
-                drawn = self.pictures(method, steps, self.config.seed)
-                if self.features is not None and known is not None:
-                    row |= distances(torch.cat(list(extract(self.features, drawn))), known)
-                if self.scorer is not None:
-                    row["alignment"] = mean_score(self.scorer, self._with_prompts(drawn))
-                rows.append(row)
-            rows[-1] |= self._between_steps(method, self.similarity)
+        rows = over_seeds([self._measure(seed, known) for seed in self.config.seeds])
+        if len(self.config.seeds) > 1 and self.similarity is not None:
+            for row, (method, steps) in zip(rows, self._rows(), strict=True):
+                noises = zip(*(self.pictures(method, steps, seed) for seed in self.config.seeds), strict=True)
+                groups = (group for batches in noises for group in torch.stack(batches, 1))
+                row["diversity"] = diversity(self.similarity, groups)
+        return rows
+
+    def _rows(self) -> list[tuple[MethodConfig, int]]:
+        return [(method, steps) for method in self.methods for steps in method.steps]
+
+    def _measure(self, seed: int, known: torch.Tensor | None) -> list[Row]:
+        rows: list[Row] = []
+        for method, steps in tqdm(self._rows(), desc=f"measuring, seed {seed}", unit="row"):
+            row: Row = {"method": method.name, "steps": steps}
+            drawn = self.pictures(method, steps, seed)
+            if self.features is not None and known is not None:
+                row |= distances(torch.cat(list(extract(self.features, drawn))), known)
+            if self.scorer is not None:
+                row["alignment"] = mean_score(self.scorer, self._with_prompts(drawn))
+            rows.append(row)
         return rows
 
     def _with_prompts(self, drawn: Pictures) -> Iterator[tuple[torch.Tensor, Sequence[str]]]:
-        for numbers, pictures in zip(drawn.shards, drawn, strict=True):
+        for numbers, pictures in zip(drawn.batches, drawn, strict=True):
             yield pictures, [self.prompts[n] for n in numbers]
 
-    def _between_steps(self, method: MethodConfig, features: Features | None) -> Row:
-        """Of the fewest steps and the most."""
-        if len(method.steps) < 2:
-            return {}
-        few, many = (self.pictures(method, steps, self.config.seed) for steps in (min(method.steps), max(method.steps)))
-        row: Row = {}
-        if features is not None:
-            row["consistency"] = consistency(features, few, many)
+    def consistency(self) -> list[Row]:
+        """Between the fewest steps and the most of every method, and between the pairs that are asked for."""
+        ends = [PairConfig(m.name, m.name, (min(m.steps), max(m.steps))) for m in self.methods if len(m.steps) > 1]
+        return over_seeds([[self._alike(pair, seed) for pair in (*ends, *self.config.pairs)] for seed in self.config.seeds])
+
+    def _alike(self, pair: PairConfig, seed: int) -> Row:
+        few, many = (
+            self.pictures(self.gallery.methods[name], steps, seed)
+            for name, steps in zip((pair.few, pair.many), pair.steps, strict=True)
+        )
+        method = pair.few if pair.few == pair.many else f"{pair.few} / {pair.many}"
+        row: Row = {"method": method, "steps": f"{pair.steps[0]} / {pair.steps[1]}"}
+        if self.similarity is not None:
+            row["consistency"] = consistency(self.similarity, few, many)
         if self.lpips is not None:
             row["perceptual_distance"] = perceptual_distance(self.lpips, few, many)
         return row
 
     def guidance(self) -> list[Row]:
         """Alignment and saturation of every method at every guidance scale."""
-        asked, rows = self.config.guidance, []
-        if not asked.scales or self.scorer is None:
+        asked, scorer = self.config.guidance, self.scorer
+        if not asked.scales or scorer is None:
             return []
-        prompts, size = self.prompts[: asked.count], self.config.batch_size
-        batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
-        for method in self.methods:
-            draw = self._drawing(method.name, asked.steps, len(prompts))
-            for found in guidance_response(draw, self.scorer, batches, asked.scales):
-                rows.append({"method": method.name, "steps": asked.steps} | found._asdict())
-        return rows
+        batches = self._batches(self.prompts[: asked.count])
+        jobs = [(method, seed) for seed in self.config.seeds for method in self.methods]
+        found = {
+            (method.name, seed): guidance_response(
+                self._drawing(method.name, asked.steps, len(self.prompts[: asked.count]), seed), scorer, batches, asked.scales
+            )
+            for method, seed in tqdm(jobs, desc="guidance", unit="method")
+        }
+        return over_seeds(
+            [
+                [
+                    {"method": method.name, "steps": asked.steps} | response._asdict()
+                    for method in self.methods
+                    for response in found[method.name, seed]
+                ]
+                for seed in self.config.seeds
+            ]
+        )
 
     def negative(self) -> list[Row]:
         """How often what a negative prompt names is in each method's pictures, without it and with it."""
-        asked, size = self.config.negative, self.config.batch_size
-        if not asked.pairs or self.scorer is None:
+        asked, scorer = self.config.negative, self.scorer
+        if not asked.pairs or scorer is None:
             return []
         pairs = read_pairs(asked.pairs)
-        batches = [pairs[start : start + size] for start in range(0, len(pairs), size)]
-        rows: list[Row] = []
-        for method in self.methods:
+        batches = self._batches(pairs)
+        jobs = [(method, seed) for seed in self.config.seeds for method in self.methods]
+        told = {"steps": asked.steps, "guidance_scale": asked.guidance_scale}
+        found = {
             # each batch is drawn twice, from the same noise
-            draw = self._drawing(method.name, asked.steps, len(pairs), times=2)
-            found = negative_prompt_response(draw, self.scorer, batches, asked.guidance_scale)
-            told = {"method": method.name, "steps": asked.steps, "guidance_scale": asked.guidance_scale}
-            rows.append(told | found._asdict())
-        return rows
+            (method.name, seed): negative_prompt_response(
+                self._drawing(method.name, asked.steps, len(pairs), seed, times=2), scorer, batches, asked.guidance_scale
+            )
+            for method, seed in tqdm(jobs, desc="negative prompts", unit="method")
+        }
+        return over_seeds(
+            [
+                [{"method": method.name} | told | found[method.name, seed]._asdict() for method in self.methods]
+                for seed in self.config.seeds
+            ]
+        )
 
-    def _drawing(self, name: str, steps: int, count: int, times: int = 1) -> Generate:
+    def _batches(self, items: Sequence[Item]) -> list[Sequence[Item]]:
+        size = self.config.batch_size
+        return [items[start : start + size] for start in range(0, len(items), size)]
+
+    def _drawing(self, name: str, steps: int, count: int, seed: int, times: int = 1) -> Generate:
         """Draws a method's pictures in the order of `count` prompts, over and over from the same noise.
 
         Args:
             name, steps: of the method.
             count: of prompts.
+            seed: of the noise.
             times: that each batch comes in a row.
         """
         calls, first = 0, 0
@@ -164,7 +206,7 @@ class Evaluation:
             calls += 1
             first += len(prompts) if calls % times == 0 else 0
             size = self.config.size
-            pictures = self.gallery.draw(name, steps, prompts, numbers, size, negative_prompts, guidance_scale)
+            pictures = self.gallery.draw(name, steps, prompts, numbers, size, seed, negative_prompts, guidance_scale)
             return pictures.float() * 2 - 1
 
         return draw
@@ -178,11 +220,32 @@ class Evaluation:
             "title": self.config.title,
             "config": json.loads(json.dumps(asdict(self.config), default=str)),
             "pictures": len(self.prompts),
+            "seeds": list(self.config.seeds),
             "rows": self.measure(),
+            "consistency": self.consistency(),
             "guidance": self.guidance(),
             "negative": self.negative(),
-            "ode": ode_rows(self.gallery, self.config, self.prompts, self.accelerator.device),
+            "ode": over_seeds(
+                [ode_rows(self.gallery, self.config, self.prompts, seed, self.accelerator.device) for seed in self.config.seeds]
+            ),
         }
+
+
+def over_seeds(runs: Sequence[list[Row]]) -> list[Row]:
+    """Rows of the same things measured with several seeds, as one list: means, and standard deviations beside them."""
+    if len(runs) == 1:
+        return runs[0]
+    rows = []
+    for same in zip(*runs, strict=True):
+        row: Row = {}
+        for name, value in same[0].items():
+            if name in KEYS:
+                row[name] = value
+            elif not name.endswith("_deviation"):  # of one seed, and smaller
+                values = [one[name] for one in same]
+                row |= {name: statistics.fmean(values), f"{name}_deviation": statistics.stdev(values)}
+        rows.append(row)
+    return rows
 
 
 def distances(ours: torch.Tensor, known: torch.Tensor) -> Row:
@@ -195,8 +258,3 @@ def distances(ours: torch.Tensor, known: torch.Tensor) -> Row:
         found = precision_recall(known, ours)
         row |= {"precision": found.precision, "recall": found.recall}
     return row
-
-
-def _read(path: Path) -> torch.Tensor:
-    with Image.open(path) as image:
-        return pil_to_tensor(image.convert("RGB")).float() / 127.5 - 1

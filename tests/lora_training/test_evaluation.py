@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -12,7 +13,14 @@ from PIL import Image
 from lora_training.config import ModelConfig
 from lora_training.evaluation.__main__ import parse
 from lora_training.evaluation.alignment import ScorerConfig
-from lora_training.evaluation.config import EvaluationConfig, GuidanceConfig, NegativeConfig, OdeConfig, ReferenceConfig
+from lora_training.evaluation.config import (
+    EvaluationConfig,
+    GuidanceConfig,
+    NegativeConfig,
+    OdeConfig,
+    PairConfig,
+    ReferenceConfig,
+)
 from lora_training.evaluation.features import FeatureConfig
 from lora_training.evaluation.methods import MethodConfig
 from lora_training.evaluation.prompts import read_pairs, read_prompts
@@ -35,7 +43,7 @@ def config(tmp_path):
         methods=(MethodConfig("PCM", str(ADAPTERS["PCM"]), steps=(1, 4)), MethodConfig("DDIM", scheduler="ddim", steps=(1, 4))),
         prompts=str(tmp_path / "prompts.txt"),
         size=(128, 128),
-        shard_size=2,
+        batch_size=2,
         reference=ReferenceConfig(method=MethodConfig("reference", scheduler="ddim", steps=(4,), guidance_scale=5.0)),
         features=FeatureConfig("factory", factory=f"{JUDGES}:form_features"),
         similarity=FeatureConfig("factory", factory=f"{JUDGES}:embedding_features"),
@@ -59,8 +67,9 @@ def test_a_report_is_drawn_measured_and_written_once(config, tmp_path, monkeypat
         assert 0 <= row["alignment"] <= 1
         assert 0 <= row["precision"] <= 1
     assert rows["PCM", 4]["frechet_distance"] < rows["DDIM", 1]["frechet_distance"]  # a picture beside a grey blur
-    assert -1 <= rows["PCM", 4]["consistency"] <= 1
-    assert "consistency" not in rows["PCM", 1]
+    assert "diversity" not in rows["PCM", 4]  # from one noise
+    assert [(row["method"], row["steps"]) for row in report["consistency"]] == [("PCM", "1 / 4"), ("DDIM", "1 / 4")]
+    assert all(-1 <= row["consistency"] <= 1 for row in report["consistency"])
     assert [(row["method"], row["guidance_scale"]) for row in report["guidance"]] == [
         ("PCM", 1.0), ("PCM", 6.0), ("DDIM", 1.0), ("DDIM", 6.0),
     ]  # fmt: skip
@@ -80,9 +89,43 @@ def test_a_report_is_drawn_measured_and_written_once(config, tmp_path, monkeypat
 
     again = Evaluation(config)
     monkeypatch.setattr(again.gallery, "draw", None)  # pictures are there
-    monkeypatch.setattr(again.reference_gallery, "draw", None)
     again.draw()
     assert again.measure() == report["rows"]
+
+
+def test_several_noises_give_means_and_spreads(config):
+    config.guidance, config.ode, config.alignment, config.reference.folder = GuidanceConfig(), OdeConfig(), None, ""
+    config.negative = NegativeConfig()
+    config.pairs = (PairConfig("DDIM", "PCM", (1, 4)),)
+    one, other = ([], [])
+    for seeds, found in (((3,), one), ((4,), other)):
+        config.seeds = seeds
+        evaluation = Evaluation(config)
+        evaluation.draw()
+        found += [evaluation.measure(), evaluation.consistency()]
+    config.seeds = (3, 4)
+    both = Evaluation(config)
+    both.gallery.draw = None  # the same pictures
+    both.draw()
+    for a, b, row in zip(one[0], other[0], both.measure(), strict=True):
+        for name in ("frechet_distance", "precision"):
+            assert row[name] == pytest.approx((a[name] + b[name]) / 2)
+            assert row[f"{name}_deviation"] == pytest.approx(abs(a[name] - b[name]) / 2**0.5, abs=1e-12)
+        assert 0 < row["diversity"] < 1
+    pair = both.consistency()[-1]
+    assert (pair["method"], pair["steps"]) == ("DDIM / PCM", "1 / 4")
+    assert pair["consistency"] == pytest.approx((one[1][-1]["consistency"] + other[1][-1]["consistency"]) / 2)
+
+
+def test_noises_and_pairs_that_cannot_be_are_refused(config):
+    for change, words in (
+        ({"seeds": (1, 1)}, "each once"),
+        ({"seeds": ()}, "at least one"),
+        ({"seeds": (0, 1000)}, "noise of its own"),
+        ({"pairs": (PairConfig("PCM", "DDIM", (1, 8)),)}, "no method 'DDIM' at 8"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            dataclasses.replace(config, **change)
 
 
 def test_the_reference_may_be_a_folder_of_pictures(config, tmp_path):
@@ -148,9 +191,9 @@ def test_a_file_and_overrides_make_a_configuration(tmp_path):
         f"model:\n  path: {MODEL_DIR}\nmethods:\n- name: DDIM\n  scheduler: ddim\n  steps: [1, 2]\n"
         f"features:\n  kind: factory\n  factory: {JUDGES}:form_features\nprompts: p.txt\n"
     )
-    config = parse(["--config", str(tmp_path / "a.yaml"), "--seed", "3", "--size", "[128,64]"])
+    config = parse(["--config", str(tmp_path / "a.yaml"), "--seeds", "[3,4]", "--size", "[128,64]"])
     assert config.methods[0] == MethodConfig("DDIM", scheduler="ddim", steps=(1, 2))
-    assert (config.seed, config.size, config.features.kind) == (3, (128, 64), "factory")
+    assert (config.seeds, config.size, config.features.kind) == ((3, 4), (128, 64), "factory")
 
 
 @pytest.mark.parametrize("path", sorted((HERE.parent / "evaluation").glob("*.yaml")), ids=lambda path: path.stem)

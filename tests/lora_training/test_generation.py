@@ -52,23 +52,35 @@ def test_a_picture_is_its_number_whatever_is_drawn_with_it(gallery, name):
 
 def test_an_interrupted_run_goes_on_and_processes_share_the_work(gallery, tmp_path, monkeypatch):
     prompts = PROMPTS * 2
-    whole = Pictures(tmp_path / "whole", 6, 2)
-    generate(gallery, "PCM", 1, prompts, SIZE, whole, batch_size=4)
+    whole = Pictures(tmp_path / "whole", 6, 4)
+    generate(gallery, "PCM", 1, prompts, SIZE, 0, whole)
     assert whole.missing() == []
     expected = torch.cat(list(whole))
     assert expected.shape == (6, 3, *SIZE)
     assert expected.abs().max() <= 1
 
-    shared = Pictures(tmp_path / "shared", 6, 2)
-    generate(gallery, "PCM", 1, prompts, SIZE, shared, 1, process=(1, 2))
-    assert shared.missing() == [0, 2]
-    with pytest.raises(FileNotFoundError, match="2 of 3"):
+    shared = Pictures(tmp_path / "shared", 6, 1)
+    generate(gallery, "PCM", 1, prompts, SIZE, 0, shared, process=(1, 2))
+    assert shared.missing() == [0, 2, 4]
+    with pytest.raises(FileNotFoundError, match="3 of 6"):
         list(shared)
+    (shared.folder / "00004.tmp").write_bytes(b"half a file")  # of a run that was killed
     calls = []
     monkeypatch.setattr(gallery, "draw", lambda *args, original=gallery.draw: calls.append(args) or original(*args))
-    generate(gallery, "PCM", 1, prompts, SIZE, shared, 1, process=(0, 2))
-    assert len(calls) == 4
+    generate(gallery, "PCM", 1, prompts, SIZE, 0, shared, process=(0, 2))
+    assert len(calls) == 3
     assert (torch.cat(list(shared)) - expected).abs().max() <= 1.5 * 2 / 255  # a level: batches round otherwise
+
+
+def test_other_noise_makes_other_pictures_on_disk_as_they_were_drawn(gallery, tmp_path):
+    drawn = {}
+    for seed in (0, 1):
+        pictures = Pictures(tmp_path / str(seed), 2, 2)
+        generate(gallery, "PCM", 2, PROMPTS[:2], SIZE, seed, pictures)
+        (drawn[seed],) = pictures
+        expected = gallery.draw("PCM", 2, PROMPTS[:2], (0, 1), SIZE, seed) * 2 - 1
+        assert (drawn[seed] - expected).abs().max() <= 1.01 / 255
+    assert (drawn[0] - drawn[1]).abs().mean() > 0.02
 
 
 def test_other_pictures_go_to_other_folders(tmp_path):
