@@ -4,7 +4,7 @@
     python examples/shapes/ablate.py --only 'ct|ctm'  those whose names match
     python examples/shapes/ablate.py --list
 
-All have the same data, batch, seed and updates; each its best sampling guidance of the same three, by the distance of 512
+All have the same data, batch, seed and updates; each its best sampling guidance of three, by the distance of 512
 pictures of other scenes at 4 steps. A variant takes about twenty minutes on one core, and its figures are a small file in
 `ablations/`, with the command and the configuration that made it. Interrupted runs go on where they stopped.
 """
@@ -16,7 +16,7 @@ import dataclasses
 import hashlib
 import json
 import re
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,19 +37,24 @@ from evaluate import (
 )
 from write_dataset import write_dataset
 
-from lora_training.config import TrainConfig
+from lora_training.config import ModelConfig, TrainConfig
+from lora_training.evaluation.config import EvaluationConfig, OdeConfig
+from lora_training.evaluation.methods import Gallery, MethodConfig
+from lora_training.evaluation.ode import ode_rows
 from lora_training.loop import run
 from lora_training.train import parse
 
-from model import HERE, RUNS_DIR
-from scenes import SEARCH_SEED
+from model import HERE, MODEL_DIR, RUNS_DIR, load_pipeline
+from scenes import IMAGE_SIZE, SEARCH_SEED
 
 CONFIG = HERE.parent / "configs" / "shapes_pcm4.yaml"
 FIGURES = HERE / "ablations"
 UPDATES = 500
 IMAGES, SEARCH_IMAGES = 2048, 512
+ODE_PROMPTS, ODE_SOLVER_STEPS = 32, 100
 REFERENCE_NOISE, NOISE, SEARCH_NOISE = 1, 2, 2
 GUIDANCE_SCALES = (1.0, 1.5, 2.0)
+UNGUIDED_GUIDANCE_SCALES = (2.0, 3.5, 5.0)  # of adapters that have not taken in the teacher's
 SHORT_STEPS = STEPS[:-1]  # for variants whose picture at 16 steps no table shows
 ONE_PHASE = {"objective.num_phases": 1, "optimizer.learning_rate": 1e-4}  # what the search for LCM chose
 
@@ -74,6 +79,11 @@ class Variant:
     def steps(self) -> tuple[int, ...]:
         """The numbers of steps it is measured at."""
         return STEPS if self.table in ("objectives", "phases") else SHORT_STEPS
+
+    @property
+    def guidance_scales(self) -> tuple[float, ...]:
+        """The sampling guidances that it has the choice of."""
+        return UNGUIDED_GUIDANCE_SCALES if self.settings.get("objective.guidance_scale") == 1 else GUIDANCE_SCALES
 
     @property
     def arguments(self) -> list[str]:
@@ -150,22 +160,22 @@ def differing(ours: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def best_guidance(studio: Studio, jury: Judge, name: str) -> float:
-    """Of the three, by distance at 4 steps on other scenes."""
+def best_guidance(studio: Studio, jury: Judge, name: str, guidance_scales: Sequence[float]) -> float:
+    """Of these, by distance at 4 steps on other scenes."""
     prompts, latents = prompts_of(held_out_scenes(SEARCH_IMAGES, SEARCH_SEED)), noise(SEARCH_IMAGES, SEARCH_NOISE)
     metric = jury.frechet()
     add_reference(metric, teacher_pictures(Studio(adapters={}, fast=True), prompts, REFERENCE_NOISE, TEACHER_STEPS))
     found = {}
-    for guidance_scale in GUIDANCE_SCALES:
+    for guidance_scale in guidance_scales:
         method = dataclasses.replace(studio.methods[name], guidance_scale=guidance_scale)
         found[guidance_scale] = distance(metric, studio.generate(method, prompts, latents, 4))
     return min(found, key=lambda guidance_scale: found[guidance_scale])
 
 
-def measure(path: Path, numbers: tuple[int, ...]) -> dict[str, Any]:
+def measure(path: Path, numbers: tuple[int, ...], guidance_scales: Sequence[float]) -> dict[str, Any]:
     """Distance and alignment of an adapter at these numbers of steps, and its consistency between the first and the last."""
     studio, jury = Studio({path.stem: path}, fast=True), Judge()
-    guidance_scale = best_guidance(studio, jury, path.stem)
+    guidance_scale = best_guidance(studio, jury, path.stem, guidance_scales)
     method = dataclasses.replace(studio.methods[path.stem], guidance_scale=guidance_scale)
     scenes, latents = held_out_scenes(IMAGES), noise(IMAGES, NOISE)
     prompts, figures = prompts_of(scenes), {}
@@ -178,34 +188,68 @@ def measure(path: Path, numbers: tuple[int, ...]) -> dict[str, Any]:
     return {"guidance_scale": guidance_scale, "eta": method.eta, "images": IMAGES, "steps": figures, "consistency": consistency}
 
 
+def keep(file: Path, figures: dict[str, Any]) -> None:
+    """As a file, whole or not at all."""
+    FIGURES.mkdir(exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(file)
+
+
+def figures_of(variant: Variant) -> dict[str, Any]:
+    """What was measured of it; nothing if it was another configuration, or never."""
+    file = FIGURES / f"{variant.name}.json"
+    figures = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return figures if figures.get("identity") == identity(configuration(variant)) else {}
+
+
+def train_and_measure(variant: Variant) -> dict[str, Any]:
+    """Goes on where it was interrupted."""
+    config = configuration(variant)
+    write_dataset(Path(config.data.path), 8192)
+    path = Path(config.output)
+    if not path.exists():
+        run(config)
+    command = f"python examples/shapes/ablate.py --only {variant.name}"
+    told = {"name": variant.name, "table": variant.table, "settings": variant.settings, "seed": variant.seed}
+    told |= {"updates": UPDATES, "identity": identity(config), "command": command}
+    return told | measure(path, variant.steps, variant.guidance_scales)
+
+
+def measure_ode(chosen: Sequence[Variant]) -> None:
+    """Adds to the figures of those sampled without noise how far they leave the teacher's ODE; solves it once for all."""
+    chosen = [v for v in chosen if (found := figures_of(v)) and "ode" not in found and Path(configuration(v).output).exists()]
+    if not chosen:
+        return
+    # guided as in training, not as pictures are best: an adapter's own guidance is in its weights
+    methods = tuple(MethodConfig(v.name, configuration(v).output, guidance_scale=1.0) for v in chosen)
+    model = ModelConfig(path=str(MODEL_DIR))
+    asked = OdeConfig(ODE_PROMPTS, steps=SHORT_STEPS, solver_steps=ODE_SOLVER_STEPS)
+    config = EvaluationConfig(model, methods, size=(IMAGE_SIZE, IMAGE_SIZE), precision="bf16", ode=asked)
+    gallery = Gallery(load_pipeline(MODEL_DIR), methods)
+    rows = ode_rows(gallery, config, prompts_of(held_out_scenes(ODE_PROMPTS)), NOISE, torch.device("cpu"))
+    for variant in chosen:
+        errors = {str(row["steps"]): row["ode_error"] for row in rows if row["method"] == variant.name}
+        keep(FIGURES / f"{variant.name}.json", figures_of(variant) | {"ode": errors})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="a regular expression: those whose whole name matches")
     parser.add_argument("--list", action="store_true", help="name them, and whether they have figures")
     args = parser.parse_args()
-    for variant in variants():
-        if args.only and not re.fullmatch(args.only, variant.name):
-            continue
-        config, file = configuration(variant), FIGURES / f"{variant.name}.json"
-        made = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        done = made.get("identity") == identity(config)
+    chosen = [variant for variant in variants() if not args.only or re.fullmatch(args.only, variant.name)]
+    for variant in chosen:
+        done = bool(figures_of(variant))
         if args.list:
             print(f"{variant.name:30} {'measured' if done else ''}")
-        if args.list or done:
-            continue
-        write_dataset(Path(config.data.path), 8192)
-        path = Path(config.output)
-        if not path.exists():
-            run(config)
-        command = f"python examples/shapes/ablate.py --only {variant.name}"
-        figures = {"name": variant.name, "table": variant.table, "settings": variant.settings, "seed": variant.seed}
-        figures |= {"updates": UPDATES, "identity": identity(config), "command": command} | measure(path, variant.steps)
-        FIGURES.mkdir(exist_ok=True)
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(file)
-        print(f"{variant.name}: {figures['steps']['4']}", flush=True)
+        elif not done:
+            figures = train_and_measure(variant)
+            keep(FIGURES / f"{variant.name}.json", figures)
+            print(f"{variant.name}: {figures['steps']['4']}", flush=True)
+    if not args.list:
+        measure_ode(chosen)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
