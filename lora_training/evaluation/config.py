@@ -48,11 +48,13 @@ class GuidanceConfig:
 
     Attributes:
         scales: g; none: not measured.
+        methods: their names; none: all.
         steps: of sampling.
         count: prompts, the first of all.
     """
 
     scales: tuple[float, ...] = ()
+    methods: tuple[str, ...] = ()
     steps: int = 4
     count: int = 64
 
@@ -78,11 +80,13 @@ class NegativeConfig:
 
     Attributes:
         pairs: a `.jsonl` file with a `prompt`, and under `thing` what the negative prompt names; empty: not measured.
+        methods: their names; none: all.
         guidance_scale: g, above 1.
         steps: of sampling.
     """
 
     pairs: str = ""
+    methods: tuple[str, ...] = ()
     guidance_scale: float = 4.0
     steps: int = 4
 
@@ -147,11 +151,17 @@ class EvaluationConfig:
             raise ValueError(f"seeds: name at least one, and each once; got {self.seeds}.")
         if self.reference.seed in self.seeds:
             raise ValueError(f"reference.seed: {self.reference.seed} is among seeds; the reference needs noise of its own.")
+        names = [method.name for method in self.methods]
+        for asked, chosen in (("guidance", self.guidance.methods), ("negative", self.negative.methods)):
+            if unknown := set(chosen) - set(names):
+                raise ValueError(
+                    f"{asked}.methods: {', '.join(sorted(unknown))} not among methods, which are {', '.join(names)}."
+                )
         drawn = {(method.name, steps) for method in self.methods for steps in method.steps}
         for pair in self.pairs:
-            for asked in zip((pair.few, pair.many), pair.steps, strict=True):
-                if asked not in drawn:
-                    raise ValueError(f"pairs: there is no method {asked[0]!r} at {asked[1]} steps among methods.")
+            for wanted in zip((pair.few, pair.many), pair.steps, strict=True):
+                if wanted not in drawn:
+                    raise ValueError(f"pairs: there is no method {wanted[0]!r} at {wanted[1]} steps among methods.")
         if self.guidance.scales and self.alignment is None:
             raise ValueError("guidance.scales needs a judge: set alignment.")
         if self.negative.pairs and self.alignment is None:

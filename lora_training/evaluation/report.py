@@ -36,7 +36,7 @@ def write_report(evaluation: Evaluation, report: dict[str, Any]) -> Path:
 
 def markdown(report: dict[str, Any], pictures: Sequence[Path]) -> str:
     """The tables, and the pictures below them."""
-    parts = [f"# {report['title']}", what_a_row_is(report), table(report["rows"])]
+    parts = [f"# {report['title']}", what_a_row_is(report), table([*report["rows"], *report["reference"]])]
     for part, heading in SECTIONS.items():
         if report[part]:
             parts += [f"## {heading}", table(report[part])]

@@ -101,6 +101,21 @@ class Evaluation:
                 row["diversity"] = diversity(self.similarity, groups)
         return rows
 
+    def reference_row(self) -> list[Row]:
+        """The alignment of the pictures that distances are to, if a method drew them."""
+        reference = self.config.reference
+        if self.scorer is None or self.features is None or reference.folder:
+            return []
+        steps = reference.method.steps[0]
+        pictures = self.pictures(reference.method, steps, reference.seed)
+        return [
+            {
+                "method": reference.method.name,
+                "steps": steps,
+                "alignment": mean_score(self.scorer, self._with_prompts(pictures)),
+            }
+        ]
+
     def _rows(self) -> list[tuple[MethodConfig, int]]:
         return [(method, steps) for method in self.methods for steps in method.steps]
 
@@ -143,20 +158,19 @@ class Evaluation:
         asked, scorer = self.config.guidance, self.scorer
         if not asked.scales or scorer is None:
             return []
-        batches = self._batches(self.prompts[: asked.count])
-        jobs = [(method, seed) for seed in self.config.seeds for method in self.methods]
+        prompts = self.prompts[: asked.count]
+        batches, names = self._batches(prompts), asked.methods or [method.name for method in self.methods]
+        jobs = [(name, seed) for seed in self.config.seeds for name in names]
         found = {
-            (method.name, seed): guidance_response(
-                self._drawing(method.name, asked.steps, len(self.prompts[: asked.count]), seed), scorer, batches, asked.scales
-            )
-            for method, seed in tqdm(jobs, desc="guidance", unit="method")
+            (name, seed): guidance_response(self._drawing(name, asked.steps, len(prompts), seed), scorer, batches, asked.scales)
+            for name, seed in tqdm(jobs, desc="guidance", unit="method")
         }
         return over_seeds(
             [
                 [
-                    {"method": method.name, "steps": asked.steps} | response._asdict()
-                    for method in self.methods
-                    for response in found[method.name, seed]
+                    {"method": name, "steps": asked.steps} | response._asdict()
+                    for name in names
+                    for response in found[name, seed]
                 ]
                 for seed in self.config.seeds
             ]
@@ -168,21 +182,18 @@ class Evaluation:
         if not asked.pairs or scorer is None:
             return []
         pairs = read_pairs(asked.pairs)
-        batches = self._batches(pairs)
-        jobs = [(method, seed) for seed in self.config.seeds for method in self.methods]
+        batches, names = self._batches(pairs), asked.methods or [method.name for method in self.methods]
+        jobs = [(name, seed) for seed in self.config.seeds for name in names]
         told = {"steps": asked.steps, "guidance_scale": asked.guidance_scale}
         found = {
             # each batch is drawn twice, from the same noise
-            (method.name, seed): negative_prompt_response(
-                self._drawing(method.name, asked.steps, len(pairs), seed, times=2), scorer, batches, asked.guidance_scale
+            (name, seed): negative_prompt_response(
+                self._drawing(name, asked.steps, len(pairs), seed, times=2), scorer, batches, asked.guidance_scale
             )
-            for method, seed in tqdm(jobs, desc="negative prompts", unit="method")
+            for name, seed in tqdm(jobs, desc="negative prompts", unit="method")
         }
         return over_seeds(
-            [
-                [{"method": method.name} | told | found[method.name, seed]._asdict() for method in self.methods]
-                for seed in self.config.seeds
-            ]
+            [[{"method": name} | told | found[name, seed]._asdict() for name in names] for seed in self.config.seeds]
         )
 
     def _batches(self, items: Sequence[Item]) -> list[Sequence[Item]]:
@@ -221,6 +232,7 @@ class Evaluation:
             "config": json.loads(json.dumps(asdict(self.config), default=str)),
             "pictures": len(self.prompts),
             "seeds": list(self.config.seeds),
+            "reference": self.reference_row(),
             "rows": self.measure(),
             "consistency": self.consistency(),
             "guidance": self.guidance(),

@@ -73,6 +73,9 @@ def test_a_report_is_drawn_measured_and_written_once(config, tmp_path, monkeypat
     assert [(row["method"], row["guidance_scale"]) for row in report["guidance"]] == [
         ("PCM", 1.0), ("PCM", 6.0), ("DDIM", 1.0), ("DDIM", 6.0),
     ]  # fmt: skip
+    (reference,) = report["reference"]
+    assert (reference["method"], reference["steps"]) == ("reference", 4)
+    assert 0 <= reference["alignment"] <= 1
     assert [row["method"] for row in report["negative"]] == ["PCM", "DDIM"]
     assert all(0 <= row["without"] <= 1 and 0 <= row["with_negative"] <= 1 for row in report["negative"])
     two, four = report["ode"]  # DDIM has no adapter
@@ -122,6 +125,7 @@ def test_noises_and_pairs_that_cannot_be_are_refused(config):
         ({"seeds": (1, 1)}, "each once"),
         ({"seeds": ()}, "at least one"),
         ({"seeds": (0, 1000)}, "noise of its own"),
+        ({"guidance": GuidanceConfig(methods=("LCM",))}, "LCM not among methods, which are PCM, DDIM"),
         ({"pairs": (PairConfig("PCM", "DDIM", (1, 8)),)}, "no method 'DDIM' at 8"),
     ):
         with pytest.raises(ValueError, match=words):
