@@ -104,7 +104,7 @@ def variants() -> list[Variant]:
         "pcm-1-adversarial": ONE_PHASE | {"adversarial.weight": 0.1},
     }
     changes: dict[str, dict[str, dict[str, Any]]] = {
-        "phases": {f"pcm-{m}": {"objective.num_phases": m} for m in (1, 2, 8)},
+        "phases": {"pcm-1": ONE_PHASE},
         "critic": {
             "pcm-4-adversarial-strong": {"adversarial.weight": 1.0},
             "pcm-4-adversarial-fast": {"adversarial.weight": 0.1, "adversarial.learning_rate": 1e-4},
@@ -121,7 +121,6 @@ def variants() -> list[Variant]:
         "solver": {name: {"objective.solver": name} for name in ("heun", "dpmpp_2m")},
         "solver steps": {f"n-{n}": {"objective.num_solver_steps": n} for n in (20, 40, 100)},
         "rank": {f"rank-{r}": {"lora.rank": r} for r in (8, 64)},
-        "guidance": {"unguided": {"objective.guidance_scale": 1.0, "data.caption_dropout": 0.1}},
         "consistency training": {"ct-4": objectives["ct"] | {"objective.num_phases": 4}},
         "trajectory": {"ctm-4": {"objective.name": "ctm"}},
         "target": {"ema-0.95": {"objective.target_ema": 0.95}},

@@ -4,7 +4,8 @@ Data, rank, updates, batch and the teacher's guidance are the same. The learning
 are chosen by the same small search: a whole run at each learning rate, sampled at each guidance in 4 steps, Frechet
 distance to the teacher's pictures of the same prompts from other noise. (Short runs mislead: they have not taken in the
 teacher's guidance yet, so they ask for more of it when sampled.) The table is kept beside the adapters. PCM's choice also
-makes adapters of 2 and 8 phases, for pictures in as many steps. About two hours on two cores, with one `--only` on each.
+makes the further adapters: of as many phases as steps, and of an unguided teacher, which leaves guidance to the sampler.
+About two hours on two cores, with one `--only` on each.
 
     python examples/shapes/distil.py
 """
@@ -15,10 +16,10 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from evaluate import (
     ADAPTERS,
-    MATCHED,
     TEACHER_STEPS,
     Judge,
     Studio,
@@ -40,6 +41,17 @@ from pcm_scheduler.lora_file import read_settings, restate
 from model import HERE, RUNS_DIR
 from scenes import SEARCH_SEED
 
+FURTHER: dict[str, dict[str, Any]] = {  # by file; what differs from PCM's configuration
+    f"pcm_{m}phase": {
+        "objective.num_phases": m, "sampling.num_inference_steps": m, "title": f"Shapes PCM, {m} phases",
+    }
+    for m in (2, 8)
+} | {
+    "pcm_4phase_unguided": {
+        "objective.guidance_scale": 1.0, "data.caption_dropout": 0.1, "sampling.guidance_scale": 5.0,
+        "title": "Shapes PCM, 4 phases, unguided teacher",
+    }
+}  # fmt: skip
 LEARNING_RATES = (3e-5, 1e-4, 3e-4)
 REFERENCE_NOISE, SEARCH_NOISE = 1, 2
 GUIDANCE_SCALES = (1.0, 1.5, 2.0)
@@ -86,20 +98,22 @@ def publish(path: Path, output: Path, config: TrainConfig) -> None:
     )
 
 
-def with_phases(config: TrainConfig, num_phases: int) -> TrainConfig:
-    """The same for another number of phases, sampled in as many steps."""
-    return dataclasses.replace(
-        config,
-        objective=dataclasses.replace(config.objective, num_phases=num_phases),
-        sampling=dataclasses.replace(config.sampling, num_inference_steps=num_phases),
-        title=f"Shapes PCM, {num_phases} phases",
+def distil_further(name: str, learning_rate: float) -> None:
+    """One of the further adapters, at PCM's learning rate unless it says another."""
+    path = trained(f"PCM-{name}", learning_rate)
+    told = {"optimizer.learning_rate": learning_rate, "output": path} | FURTHER[name]
+    config = parse(
+        ["--config", str(CONFIGS["PCM"]), *(part for key, value in told.items() for part in (f"--{key}", str(value)))]
     )
+    if not path.exists():
+        run(config)
+    publish(path, ADAPTERS["PCM"].with_stem(name), config)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=list(CONFIGS), help="default: both")
-    parser.add_argument("--phases", type=int, choices=list(MATCHED), help="of PCM's further adapters, this one; default: all")
+    parser.add_argument("--further", choices=list(FURTHER), help="of PCM's further adapters, this one; default: all")
     parser.add_argument("--search-images", type=int, default=512)
     args = parser.parse_args()
 
@@ -118,12 +132,8 @@ def main() -> None:
         publish(path, output, config)
         if name != "PCM":
             continue
-        for num_phases in [args.phases] if args.phases else MATCHED:
-            path = trained(f"PCM-{num_phases}", best["learning_rate"])
-            own = dataclasses.replace(with_phases(config, num_phases), output=str(path))
-            if not path.exists():
-                run(own)
-            publish(path, MATCHED[num_phases], own)
+        for further in [args.further] if args.further else FURTHER:
+            distil_further(further, best["learning_rate"])
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ from model import HERE, MODEL_DIR, RUNS_DIR, build_scheduler, load_pipeline
 from scenes import TEST_SEED, Scene, caption, sample_scene
 
 ADAPTERS = {"PCM": HERE / "adapters" / "pcm_4phase.safetensors", "LCM": HERE / "adapters" / "lcm.safetensors"}
-MATCHED = {m: HERE / "adapters" / f"pcm_{m}phase.safetensors" for m in (2, 8)}  # PCM with as many phases as steps
 TEACHER_STATISTICS = HERE / "teacher_statistics.safetensors"
 XL_ADAPTER = HERE / "adapters" / "xl_pcm_4phase.safetensors"
 XL_TEACHER_STATISTICS = HERE / "teacher_statistics_xl.safetensors"
