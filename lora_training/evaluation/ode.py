@@ -54,7 +54,9 @@ def ode_rows(
     rows = []
     for name in names:
         settings = gallery.settings[name]
-        grid, guidance_scale = settings.grid, settings.training_guidance_scale
+        grid, sampled = settings.grid, gallery.guidance_scale(name)
+        # of an unguided teacher guidance is left to sampling, and the ODE to follow is the one guided so
+        guidance_scale = sampled if settings.training_guidance_scale == 1 else settings.training_guidance_scale
         fine = PhaseGrid.from_timesteps(grid.edges[1:], asked.solver_steps, grid.num_train_timesteps)
         if (fine, guidance_scale) not in solved:
             gallery.put_in_place(None)
@@ -62,7 +64,7 @@ def ode_rows(
             solved[fine, guidance_scale] = teacher_states(predicting(levels, guidance_scale), levels, noise, fine)
         gallery.put_in_place(name)
         levels = levels_of(backbone, grid)
-        predict = predicting(levels, gallery.guidance_scale(name))
+        predict = predicting(levels, sampled)
         for steps in asked.steps:
             errors = ode_errors(student_states(predict, levels, noise, grid, steps), solved[fine, guidance_scale])
             row: dict[str, Any] = {"method": name, "steps": steps, "ode_error": errors.pop(END).mean().item()}

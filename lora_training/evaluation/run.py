@@ -64,9 +64,7 @@ class Evaluation:
 
     def pictures(self, method: MethodConfig, steps: int, seed: int) -> Pictures:
         """Where a method's pictures are, or will be."""
-        told = {"model": asdict(self.config.model), "prompts": self.prompts, "size": self.config.size, "seed": seed}
-        folder = folder_of(self.root / "pictures", method, steps, told | {"precision": self.config.precision})
-        return Pictures(folder, len(self.prompts), self.config.batch_size)
+        return pictures_of(self.config, method, steps, seed, self.prompts)
 
     def draw(self) -> None:
         """All pictures that are missing, this process's share of them, and wait for the others."""
@@ -258,6 +256,14 @@ def over_seeds(runs: Sequence[list[Row]]) -> list[Row]:
                 row |= {name: statistics.fmean(values), f"{name}_deviation": statistics.stdev(values)}
         rows.append(row)
     return rows
+
+
+def pictures_of(config: EvaluationConfig, method: MethodConfig, steps: int, seed: int, prompts: Sequence[str] = ()) -> Pictures:
+    """Where an evaluation keeps a method's pictures; its prompts are read unless they are given."""
+    prompts = prompts or read_prompts(config.prompts, config.count)
+    told = {"model": asdict(config.model), "prompts": prompts, "size": config.size, "seed": seed}
+    folder = folder_of(Path(config.output) / "pictures", method, steps, told | {"precision": config.precision})
+    return Pictures(folder, len(prompts), config.batch_size)
 
 
 def distances(ours: torch.Tensor, known: torch.Tensor) -> Row:
