@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help install test lint types demo demo-edit measure bench shapes shapes_xl adapters adapter_xl clean
+.PHONY: help install test lint types demo demo-edit report bench shapes shapes_xl adapters adapter_xl clean
 
 help: ## what can be made
 	@grep -E '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,8 +33,12 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(PY) -m mypy pcm_scheduler lora_training
 
-measure: $(STAMP) ## the tables in docs/results.md: Frechet distances and all
-	$(PY) examples/shapes/measure.py
+report: $(STAMP) ## docs/results.md: every claim measured on the shapes model; an hour
+	$(PY) examples/shapes/write_prompts.py outputs/shapes_prompts.txt --count 512
+	$(PY) examples/shapes/write_prompts.py outputs/shapes_pairs.jsonl --count 256
+	OMP_NUM_THREADS=1 $(PY) -m accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no \
+		--dynamo_backend no -m lora_training.evaluation --config examples/evaluation/shapes.yaml
+	$(PY) examples/shapes/report.py
 
 bench: $(STAMP) ## the tables in benchmarks/README.md and docs/editing.md; hours
 	$(PY) benchmarks/scheduler_step.py --write
@@ -49,8 +53,9 @@ shapes: $(STAMP) ## train and measure the shapes model again
 shapes_xl: $(STAMP) ## train and measure the shapes model of SDXL's shape again
 	$(PY) examples/shapes/train_xl.py
 
-adapters: $(STAMP) ## distil the shapes adapters again
+adapters: $(STAMP) ## distil the shapes adapters again, and those that docs/results.md compares; half a day
 	$(PY) examples/shapes/distil.py
+	$(PY) examples/shapes/ablate.py
 
 adapter_xl: $(STAMP) ## train the adapter of the shapes model of SDXL's shape again, from three seeds, and measure them
 	$(PY) examples/shapes/write_dataset.py outputs/shapes_data --count 8192

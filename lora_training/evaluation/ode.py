@@ -50,23 +50,25 @@ def ode_rows(
 
         return cast
 
-    solved: dict[tuple[object, ...], States] = {}
+    edges = {edge for name in names for edge in gallery.settings[name].grid.edges[1:]}
+    (length,) = {gallery.settings[name].grid.num_train_timesteps for name in names}
+    fine = PhaseGrid.from_timesteps(sorted(edges), asked.solver_steps, length)  # one solution for all adapters
+    solved: dict[float, States] = {}
     rows = []
     for name in names:
         settings = gallery.settings[name]
         grid, sampled = settings.grid, gallery.guidance_scale(name)
         # of an unguided teacher guidance is left to sampling, and the ODE to follow is the one guided so
         guidance_scale = sampled if settings.training_guidance_scale == 1 else settings.training_guidance_scale
-        fine = PhaseGrid.from_timesteps(grid.edges[1:], asked.solver_steps, grid.num_train_timesteps)
-        if (fine, guidance_scale) not in solved:
+        if guidance_scale not in solved:
             gallery.put_in_place(None)
             levels = levels_of(backbone, fine)
-            solved[fine, guidance_scale] = teacher_states(predicting(levels, guidance_scale), levels, noise, fine)
+            solved[guidance_scale] = teacher_states(predicting(levels, guidance_scale), levels, noise, fine)
         gallery.put_in_place(name)
         levels = levels_of(backbone, grid)
         predict = predicting(levels, sampled)
         for steps in asked.steps:
-            errors = ode_errors(student_states(predict, levels, noise, grid, steps), solved[fine, guidance_scale])
+            errors = ode_errors(student_states(predict, levels, noise, grid, steps), solved[guidance_scale])
             row: dict[str, Any] = {"method": name, "steps": steps, "ode_error": errors.pop(END).mean().item()}
             rows.append(row | {f"at {timestep}": error.mean().item() for timestep, error in errors.items()})
     return rows

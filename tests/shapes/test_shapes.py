@@ -150,7 +150,7 @@ def studio():
 
 
 def test_four_pcm_steps_draw_what_was_asked(studio):
-    """The README's claim at the smallest size that is not noise: 48 prompts; the bar is far below what make measure shows."""
+    """The README's claim at the smallest size that is not noise: 48 prompts; the bar is far below what make report shows."""
     scenes = held_out_scenes(48)
     images = studio.generate(studio.methods["PCM"], prompts_of(scenes), noise(48, seed=9), steps=4)
     right = Judge().alignment(images, scenes)

@@ -1,0 +1,339 @@
+"""What was claimed of few-step methods, measured on the shapes model: writes docs/results.md and its pictures.
+
+make report        (or: python examples/shapes/report.py, after the evaluation whose report.json it reads)
+
+Two sources: the report of `examples/evaluation/shapes.yaml`, which draws with the shipped adapters, and the figures that
+`ablate.py` keeps in `ablations/` of adapters that do not ship.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from ablate import FIGURES, IMAGES, UPDATES, figures_of, variants
+from ablate import STEPS as ABLATION_STEPS
+from evaluate import TEACHER_STATISTICS
+from pictures import contact_sheet, save
+from safetensors import safe_open
+from tabulate import tabulate
+
+from lora_training.evaluation.__main__ import parse
+from lora_training.evaluation.generation import Pictures
+from lora_training.evaluation.report import plot
+from lora_training.evaluation.run import pictures_of
+
+from model import HERE
+
+ROOT = HERE.parents[1]
+CONFIG = ROOT / "examples" / "evaluation" / "shapes.yaml"
+STEPS = (1, 2, 4, 8, 16)
+SHOWN = 9
+TEACHER_RIVALS = ("DDIM", "DPM-Solver++", "UniPC", "Euler")  # no distillation
+DISTILLED_RIVALS = ("LCM", "LCM, by LCMScheduler")
+ALONE = "PCM, 4 phases"
+MATCHED = {1: "PCM, 1 phase", 2: "PCM, 2 phases", 4: ALONE, 8: "PCM, 8 phases", 16: "PCM, 8 phases"}  # by steps
+Row = dict[str, Any]
+Figures = dict[str, Row]  # of ablations, by name
+
+
+def markdown(cells: Sequence[Sequence[str]], heads: Sequence[str]) -> str:
+    """A table of texts."""
+    return tabulate(cells, heads, tablefmt="github", disable_numparse=True)
+
+
+def spread(row: Row, name: str, scale: float = 1, digits: int = 2) -> str:
+    """Mean ± standard deviation, as text."""
+    deviation = row.get(f"{name}_deviation")
+    return f"{scale * row[name]:.{digits}f}" + (f" ± {scale * deviation:.{digits}f}" if deviation is not None else "")
+
+
+def tied(one: Row, other: Row, name: str) -> bool:
+    """Whether two means differ by less than the larger of their standard deviations, twice."""
+    deviation = max(row.get(f"{name}_deviation", 0.0) for row in (one, other))
+    return abs(one[name] - other[name]) < 2 * deviation
+
+
+def by_steps(rows: Sequence[Row], name: str, scale: float, digits: int, best: Callable[..., float]) -> str:
+    """Methods down, numbers of steps across; the best distilled one of each column in bold, and what ties with it."""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    found = {(row["method"], row["steps"]): row for row in rows}
+    leaders = {}
+    for steps in STEPS:
+        distilled = [row for (method, k), row in found.items() if k == steps and method not in TEACHER_RIVALS]
+        leaders[steps] = best(distilled, key=lambda row: row[name]) if distilled else None
+    cells = []
+    for method in methods:
+        line = [method]
+        for steps in STEPS:
+            row, leader = found.get((method, steps)), leaders[steps]
+            text = spread(row, name, scale, digits) if row else ""
+            leads = row and leader and method not in TEACHER_RIVALS and (row is leader or tied(row, leader, name))
+            line.append(f"**{text}**" if leads else text)
+        cells.append(line)
+    return markdown(cells, ["method", *(f"{steps} step{'s' * (steps > 1)}" for steps in STEPS)])
+
+
+def aims(report: Row) -> str:
+    """What the project set out to show on this model, and whether it does."""
+    found = {(row["method"], row["steps"]): row for row in report["rows"]}
+    lines = []
+    for adapters, words in (
+        (dict.fromkeys(STEPS, ALONE), "One 4-phase adapter"),
+        (MATCHED, "An adapter for each number of steps"),
+    ):
+        verdicts = []
+        for steps in STEPS[1:]:
+            ours = found[adapters[steps], steps]
+            rivals = [row for (method, k), row in found.items() if k == steps and method in DISTILLED_RIVALS]
+            rival = min(rivals, key=lambda row: row["frechet_distance"])
+            first = ours["frechet_distance"] < rival["frechet_distance"]
+            verdict = "tied with" if tied(ours, rival, "frechet_distance") else "before" if first else "behind"
+            verdicts.append(f"at {steps} {verdict} {rival['method']}")
+        lines.append(f"- {words}, by Frechet distance among distilled methods: {'; '.join(verdicts)}.")
+    (teacher,) = report["reference"]
+    best, steps = 100 * teacher["alignment"], teacher["steps"]
+    gap = best - 100 * found[ALONE, 4]["alignment"]
+    lines.append(
+        f"- Alignment at 4 steps: {gap:.1f} points below the teacher's {best:.1f} % at {steps} steps (the aim: within 2)."
+    )
+    consistency = {row["method"]: row["consistency"] for row in report["consistency"] if row["steps"] == "1 / 16"}
+    ours = f"{MATCHED[1]} / {MATCHED[16]}"
+    rivals = {method: value for method, value in consistency.items() if method in ("LCM", *TEACHER_RIVALS)}
+    above = "above" if consistency[ours] > max(rivals.values()) else "not above"
+    lines.append(f"- Consistency of 1 with 16 steps, an adapter for each: {consistency[ours]:.3f}, {above} every rival.")
+    answer = {r["guidance_scale"]: r for r in report["guidance"] if r["method"] == "PCM, unguided teacher"}
+    if answer:
+        values = [answer[g]["alignment"] for g in sorted(answer)]
+        largest = max(answer, key=lambda g: answer[g]["alignment"])
+        words = "rises all the way" if values == sorted(values) else f"is largest at {largest:g}"
+        lines.append(f"- Alignment of the unguided adapter from guidance {min(answer):g} to {max(answer):g}: {words}.")
+    return "\n".join(lines)
+
+
+def consistency_table(report: Row) -> str:
+    """With the distance of the fewer steps beside it, for a blur is consistent too."""
+    distances = {(row["method"], row["steps"]): row for row in report["rows"]}
+    cells = []
+    for row in report["consistency"]:
+        few = int(row["steps"].split(" / ")[0])
+        beside = distances[row["method"].split(" / ")[0], few]
+        cells.append([row["method"], row["steps"], spread(row, "consistency", 1, 3), spread(beside, "frechet_distance", 1000)])
+    return markdown(cells, ["method", "steps", "consistency", "Frechet distance x 1000 of the fewer"])
+
+
+def guidance_table(report: Row) -> str:
+    """Methods down, scales across: alignment, and saturation below it."""
+    scales = sorted({row["guidance_scale"] for row in report["guidance"]})
+    cells = []
+    for method in dict.fromkeys(row["method"] for row in report["guidance"]):
+        mine = {row["guidance_scale"]: row for row in report["guidance"] if row["method"] == method}
+        cells.append([method, "alignment, %", *(spread(mine[g], "alignment", 100, 1) for g in scales)])
+        cells.append(["", "saturation, %", *(spread(mine[g], "saturation", 100, 1) for g in scales)])
+    return markdown(cells, ["method", "", *(f"{g:g}" for g in scales)])
+
+
+def negative_table(report: Row) -> str:
+    cells = [
+        [row["method"], spread(row, "without", 100, 1), spread(row, "with_negative", 100, 1)] for row in report["negative"]
+    ]
+    return markdown(cells, ["method", "without, %", "named in the negative prompt, %"])
+
+
+def ode_table(report: Row) -> str:
+    steps = sorted({row["steps"] for row in report["ode"]})
+    found = {(row["method"], row["steps"]): row for row in report["ode"]}
+    methods = dict.fromkeys(row["method"] for row in report["ode"])
+    cells = [[m, *(spread(found[m, k], "ode_error", 1, 3) if (m, k) in found else "" for k in steps)] for m in methods]
+    return markdown(cells, ["method", *map(str, steps)])
+
+
+def ablation_table(rows: Sequence[Row], base: Row, deviation: dict[str, float]) -> str:
+    """Each with its distances, and at 4 steps whether it is other than the base by more than training seeds are."""
+    cells = []
+    for row in rows:
+        figures = row["steps"]
+        verdict = ""
+        if row is not base and deviation:
+            gain = base["steps"]["4"]["frechet"] - figures["4"]["frechet"]
+            verdict = "tie" if abs(gain) < 2 * deviation["4"] else "better" if gain > 0 else "worse"
+        changes = ", ".join(f"`{key}={value}`" for key, value in row["settings"].items()) or "(the base)"
+        cells.append(
+            [row["name"], changes, f"{row['guidance_scale']:g}"]
+            + [f"{figures[k]['frechet']:.2f}" if k in figures else "" for k in map(str, ABLATION_STEPS)]
+            + [verdict, f"{100 * figures['4']['shape_and_colour']:.1f}", f"{row['ode']['4']:.3f}" if row.get("ode") else ""]
+        )
+    heads = ["name", "what is set", "guidance", *map(str, ABLATION_STEPS), "at 4", "shape and colour at 4, %", "ODE error at 4"]
+    return markdown(cells, heads)
+
+
+def training_spread(figures: Figures, name: str) -> dict[str, float]:
+    """Standard deviation of the distance over training seeds, by steps; nothing from fewer than three."""
+    runs = [figures[n] for n in (name, f"{name}-seed1", f"{name}-seed2") if n in figures]
+    if len(runs) < 3:
+        return {}
+    return {k: statistics.stdev(run["steps"][k]["frechet"] for run in runs) for k in map(str, ABLATION_STEPS)}
+
+
+def seeds_table(figures: Figures) -> str:
+    """Objectives trained from three seeds."""
+    cells = []
+    for name in figures:
+        deviation = training_spread(figures, name)
+        if deviation:
+            runs = [figures[n]["steps"] for n in (name, f"{name}-seed1", f"{name}-seed2")]
+            means = {k: statistics.fmean(run[k]["frechet"] for run in runs) for k in deviation}
+            cells.append([name, *(f"{means[k]:.2f} ± {deviation[k]:.2f}" for k in deviation)])
+    return markdown(cells, ["name", *map(str, ABLATION_STEPS)]) if cells else "Not trained from other seeds yet."
+
+
+TABLES = {  # of ablations: heading, what is in it beside the base
+    "objectives": "Objectives, with and without the critic",
+    "phases": "One phase without the critic",
+    "critic": "The critic's weight and learning rate",
+    "direct": "Direct against consistency",
+    "distance": "Distance between student and target",
+    "solver": "Solver of the teacher (the base: DDIM, which is Euler's)",
+    "solver steps": "Solver steps N (the base: 50)",
+    "rank": "Rank (the base: 32)",
+    "consistency training": "Consistency training in phases",
+}
+
+
+def ablations(figures: Figures) -> str:
+    """Every table that has rows."""
+    base = figures["pcm-4"]
+    deviation = training_spread(figures, "pcm-4")
+    parts = []
+    for table, heading in TABLES.items():
+        rows = [row for name, row in figures.items() if row["table"] == table and "-seed" not in name]
+        if rows:
+            rows = rows if base in rows else [base, *rows]
+            parts.append(f"### {heading}\n\n{ablation_table(rows, base, deviation)}")
+    return "\n\n".join(parts)
+
+
+def document(report: Row, figures: Figures, floor: float) -> str:
+    """docs/results.md."""
+    missing = [variant.name for variant in variants() if variant.name not in figures]
+    left = f"\n\nNot trained yet, and so in no table: {', '.join(missing)}." if missing else ""
+    deviation = training_spread(figures, "pcm-4")
+    ties = (
+        '"Tie": nearer to the base than twice the deviation of the base\'s three training seeds.'
+        if deviation
+        else "The base has not been trained from other seeds yet, so no difference is called one."
+    )
+    return f"""# Results on the shapes model
+
+Written by `make report`; no figure is typed by hand. They are of a small model on drawn scenes and say nothing about Stable
+Diffusion.
+
+## Methods and numbers of steps
+
+{report["pictures"]} pictures a figure from each of {len(report["seeds"])} noises: means ± standard deviations
+over them (the adapters were trained once; training seeds are further down). Held-out prompts, the UNet in bfloat16 for all.
+Frechet distance x 1000, in averaged channels of the attribute classifier (which ones, and why, in
+[the model card](../examples/shapes/MODEL_CARD.md)), to the teacher's pictures of the same prompts from another noise, 50 DDIM
+steps at guidance 5. Its size depends on the number of pictures: the floor, of the teacher beside itself, is {floor:.2f} with
+2048, and higher here. In bold the best distilled method of a column, and those less than two deviations from it. PCM and LCM
+adapters are distilled on the same data with the same rank, updates and teacher's guidance, each with the best of the same
+learning rates and sampling guidances.
+
+{by_steps(report["rows"], "frechet_distance", 1000, 2, min)}
+
+Alignment: everything that the prompt names is right, in percent of the pictures.
+
+{by_steps(report["rows"], "alignment", 100, 1, max)}
+
+![Frechet distance over steps](results_frechet_distance.png)
+
+What was aimed at:
+
+{aims(report)}
+
+![rows: PCM and LCM at 1 to 16 steps, the teacher at 50; same prompts and noise](contact_sheet.png)
+
+With fewer steps than phases a step jumps over an edge, which no training has taught it: the direction it takes is right for
+the first edge only. Hence an adapter with as many phases as steps.
+
+## Consistency
+
+Cosine between the classifier's embeddings of the pictures of a prompt and a noise at two numbers of steps.
+
+{consistency_table(report)}
+
+## Guidance
+
+Alignment and saturation at 4 steps over the sampling guidance. An adapter of a guided teacher has its guidance in its weights;
+one of an unguided teacher leaves it to the sampler.
+
+{guidance_table(report)}
+
+## Negative prompts
+
+How often the second of two objects is there, which the prompt asks for and the negative prompt names (4 steps, guidance 4).
+
+{negative_table(report)}
+
+## Away from the teacher's ODE
+
+Root mean square of the difference from the teacher's finely solved end point of the same noise, by steps.
+
+{ode_table(report)}
+
+## Settings of training, one changed at a time
+
+{UPDATES} updates each, half of what the shipped adapters had, and {IMAGES} pictures from one noise, so these distances are
+not to be compared with those above. Each with the best of three sampling guidances at 4 steps; one-phase rows with the
+learning rate that the search for LCM chose, the others with PCM's. {ties}
+
+Every row is made by `python examples/shapes/ablate.py --only NAME`, and its figures, with the settings' hash, are in
+[examples/shapes/ablations](../examples/shapes/ablations).{left}
+
+{ablations(figures)}
+
+### Training seeds
+
+Three seeds of training, one noise: means ± standard deviations of the Frechet distance x 1000.
+
+{seeds_table(figures)}
+"""
+
+
+def sheet_rows(config: Any) -> dict[str, torch.Tensor]:
+    """The first prompts' pictures, as the evaluation drew them."""
+    rows: dict[str, torch.Tensor] = {}
+    shown = [method for method in config.methods if method.name in (ALONE, "LCM")]
+    wanted = [(method, steps, config.seeds[0]) for method in shown for steps in STEPS]
+    wanted.append((config.reference.method, config.reference.method.steps[0], config.reference.seed))
+    for method, steps, seed in wanted:
+        drawn: Pictures = pictures_of(config, method, steps, seed)
+        first = next(iter(drawn))[:SHOWN]
+        rows[f"{method.name.split(',')[0]}, {steps} step{'s' * (steps > 1)}"] = ((first + 1) * 127.5).round().byte()
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs")
+    parser.add_argument("--config", type=Path, default=CONFIG, help="of the evaluation")
+    args = parser.parse_args()
+    config = parse(["--config", str(args.config)])
+    report = json.loads((Path(config.output) / "report.json").read_text(encoding="utf-8"))
+    figures = {variant.name: found for variant in variants() if (found := figures_of(variant))}
+    with safe_open(TEACHER_STATISTICS, framework="pt") as file:
+        floor = float(file.metadata()["floor"])
+    save(contact_sheet(sheet_rows(config)), args.out / "contact_sheet.png")
+    drawn = {path.stem: path for path in plot(report["rows"], Path(config.output))}
+    (args.out / "results_frechet_distance.png").write_bytes(drawn["frechet_distance"].read_bytes())
+    (args.out / "results.md").write_text(document(report, figures, floor), encoding="utf-8")
+    print(f"{args.out / 'results.md'}: {len(figures)} of {len(variants())} variants have figures in {FIGURES}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""The report's own judgements: which is best, what is a tie, and that the kept figures are of the variants it names."""
+
+from __future__ import annotations
+
+import json
+
+import ablate
+import pytest
+import report
+
+from lora_training.evaluation.__main__ import parse
+
+
+def row(method, steps, frechet, deviation, **more):
+    return {"method": method, "steps": steps, "frechet_distance": frechet, "frechet_distance_deviation": deviation} | more
+
+
+def test_the_best_distilled_method_is_bold_with_what_ties_and_solvers_never_are():
+    rows = [row("PCM, 4 phases", 4, 1.0, 0.1), row("LCM", 4, 1.1, 0.1), row("CTM", 4, 1.5, 0.1), row("DDIM", 4, 0.1, 0.1)]
+    lines = report.by_steps(rows, "frechet_distance", 1, 1, min).splitlines()[2:]
+    assert ["**" in line for line in lines] == [True, True, False, False]
+    assert "| **1.0 ± 0.1** |" in lines[0]
+
+
+@pytest.mark.parametrize(("gap", "tie"), [(0.19, True), (0.21, False)])
+def test_a_tie_is_less_than_two_deviations(gap, tie):
+    assert report.tied(row("a", 4, 1.0, 0.1), row("b", 4, 1.0 + gap, 0.02), "frechet_distance") is tie
+
+
+def kept(name, distance, table="distance", **settings):
+    steps = {str(k): {"frechet": distance, "shape_and_colour": 0.9} for k in ablate.STEPS}
+    return {"name": name, "table": table, "settings": settings, "guidance_scale": 1.0, "steps": steps}
+
+
+def test_a_setting_is_better_or_worse_by_more_than_training_seeds_are():
+    figures = {name: kept(name, d, "objectives") for name, d in (("pcm-4", 1.0), ("pcm-4-seed1", 1.1), ("pcm-4-seed2", 0.9))}
+    deviation = report.training_spread(figures, "pcm-4")
+    assert deviation["4"] == pytest.approx(0.1)
+    rows = [kept("near", 1.15), kept("far", 1.25), kept("good", 0.75)]
+    text = report.ablation_table([figures["pcm-4"], *rows], figures["pcm-4"], deviation)
+    verdicts = [line.split("|")[-4].strip() for line in text.splitlines()[2:]]
+    assert verdicts == ["", "tie", "worse", "better"]
+    del figures["pcm-4-seed2"]
+    assert report.training_spread(figures, "pcm-4") == {}
+    assert "worse" not in report.ablation_table([figures["pcm-4"], *rows], figures["pcm-4"], {})
+
+
+def test_every_variant_has_a_table_and_a_name_of_its_own():
+    variants = ablate.variants()
+    assert {variant.table for variant in variants} <= set(report.TABLES)
+    assert len({variant.name for variant in variants}) == len(variants)
+    identities = [ablate.identity(ablate.configuration(variant)) for variant in variants]
+    assert len(set(identities)) == len(identities)  # no setting without effect on the run
+
+
+def test_the_kept_figures_are_of_the_variants_as_they_are_now():
+    by_name = {variant.name: variant for variant in ablate.variants()}
+    files = sorted(ablate.FIGURES.glob("*.json"))
+    assert files
+    for file in files:
+        figures = json.loads(file.read_text(encoding="utf-8"))
+        assert ablate.figures_of(by_name[file.stem]) == figures, f"{file.name} is of another configuration"
+
+
+def test_every_row_that_the_report_needs_is_evaluated(monkeypatch):
+    monkeypatch.chdir(report.ROOT)
+    config = parse(["--config", str(report.CONFIG)])
+    drawn = {(method.name, steps) for method in config.methods for steps in method.steps}
+    assert {(method, steps) for steps, method in report.MATCHED.items()} <= drawn
+    assert {(report.ALONE, steps) for steps in report.STEPS} <= drawn
+    assert {*report.TEACHER_RIVALS, *report.DISTILLED_RIVALS} <= {method for method, _ in drawn}
