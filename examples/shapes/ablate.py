@@ -99,9 +99,7 @@ def variants() -> list[Variant]:
     }
     changes: dict[str, dict[str, dict[str, Any]]] = {
         "phases": {"pcm-1": ONE_PHASE},
-        "critic": {
-            "pcm-4-adversarial-strong": {"adversarial.weight": 1.0},
-        },
+        "critic": {"pcm-4-adversarial-strong": {"adversarial.weight": 1.0}},
         "direct": {
             "direct-100": ONE_PHASE
             | {"objective.name": "direct", "objective.solver_skip": 10, "objective.num_solver_steps": 100},
@@ -110,7 +108,7 @@ def variants() -> list[Variant]:
             "pcm-1-unguided": ONE_PHASE | {"objective.guidance_scale": 1.0},
         },
         "distance": {"l2": {"objective.distance": "l2"}, "l1": {"objective.distance": "l1"}},
-        "solver": {name: {"objective.solver": name} for name in ("heun",)},
+        "solver": {"heun": {"objective.solver": "heun"}},
         "solver steps": {f"n-{n}": {"objective.num_solver_steps": n} for n in (20, 100)},
         "rank": {f"rank-{r}": {"lora.rank": r} for r in (8, 64)},
         "consistency training": {"ct-4": objectives["ct"] | {"objective.num_phases": 4}},
