@@ -1,19 +1,22 @@
 """Phase edges where this teacher's ODE bends, for `objective.phase_edges`.
 
     python -m lora_training.phase_edges --config examples/configs/shapes_pcm4.yaml
+    python -m lora_training.phase_edges --measure sample --config examples/configs/shapes_pcm4.yaml
 
-Takes the trainer's own configuration and overrides: the model, the data (for prompts), the guidance, the solver's grid and the
-number of phases. Prints the curvature and the edges; trains nothing.
+`--measure epsilon` is of the ODE's direction, the default; `--measure sample` of the x_0 that it leads to, which puts the edges
+higher: see `pcm_scheduler/curvature.py`. Otherwise this takes the trainer's own configuration and overrides: the model, the
+data (for prompts), the guidance, the solver's grid and the number of phases. It prints where the bend is and the edges, and
+trains nothing.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 
 import torch
 from tqdm import tqdm
 
-from pcm_scheduler.curvature import edges_by_curvature, measure_curvature
+from pcm_scheduler.curvature import MEASURES, Measure, edges_by_curvature, measure_curvature
 from pcm_scheduler.phases import PhaseGrid
 
 from .backbones.conditioning import expanded
@@ -26,12 +29,13 @@ SAMPLES = 32
 _FINEST = 250  # points that the ODE is followed on, at most; first order, so a few percent off at 50
 
 
-def teacher_curvature(run: Run, samples: int = SAMPLES) -> torch.Tensor:
+def teacher_curvature(run: Run, samples: int = SAMPLES, of: Measure = "epsilon") -> torch.Tensor:
     """The curvature of the run's teacher, guided as its objective guides it, on a fine grid; of `measure_curvature`.
 
     Args:
         run: of which nothing is trained.
         samples: prompts of its data, each from its own noise.
+        of: whose change, see there.
     """
     backbone, config, device = run.backbone, run.config, run.accelerator.device
     steps = config.objective.num_solver_steps
@@ -49,13 +53,16 @@ def teacher_curvature(run: Run, samples: int = SAMPLES) -> torch.Tensor:
             bar.update()
             return teacher(sample, torch.full((samples,), n, device=device))
 
-        return measure_curvature(denoiser, noise, grid, backbone.alphas, backbone.sigmas)
+        return measure_curvature(denoiser, noise, grid, backbone.alphas, backbone.sigmas, of)
 
 
 def main() -> None:
-    run = Run(parse(sys.argv[1:]))
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--measure", choices=MEASURES, default="epsilon")
+    chosen, settings = own.parse_known_args()
+    run = Run(parse(settings))
     objective = run.config.objective
-    curvature = teacher_curvature(run)
+    curvature = teacher_curvature(run, of=chosen.measure)
     shares = curvature.view(10, -1).sum(1) / curvature.sum()
     print("share of the bend in each tenth of the schedule, from the end of the ODE: " + ", ".join(f"{s:.0%}" for s in shares))
     grid = edges_by_curvature(

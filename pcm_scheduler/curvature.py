@@ -4,8 +4,15 @@ In the coordinates (x / alpha, sigma / alpha) the probability-flow ODE is dx/dsi
 Eq. 14): its direction is eps, and it is straight where eps stays the same. One jump with a constant eps is then exact, for
 the teacher as for a student; a phase is the harder to learn the more eps changes within it.
 
-The measure is of directions, not of where they lead: x_0 changes by sigma / alpha times as much, so edges by it lie low. For
-Gaussian data of spread 0.5 and Stable Diffusion's schedule, half of the bend is below timestep 86 of 1000.
+That measure is of directions, not of where they lead, and its edges lie low: for Gaussian data of spread 0.5 and Stable
+Diffusion's schedule, half of the bend is below timestep 86 of 1000. The picture that a direction leads to is
+x_0 = x / alpha - (sigma / alpha) eps. By the ODE its first term changes by eps d(sigma / alpha), which the second takes away
+again, and what is left is
+
+    d x_0 = -(sigma / alpha) d eps:
+
+the same bend, weighed by how far it is from there to the end. This is the second measure; for the same Gaussian half of it is
+below timestep 299.
 
     alphas, sigmas = alphas_and_sigmas(make_alphas_cumprod(make_betas(...)))
     curvature = measure_curvature(teacher, noise, PhaseGrid.even(1, 250), alphas, sigmas)
@@ -14,24 +21,38 @@ Gaussian data of spread 0.5 and Stable Diffusion's schedule, half of the bend is
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 
 from .noise_schedule import widen
 from .phases import PhaseGrid
 from .sampling import Denoiser, jump
 
+Measure = Literal["epsilon", "sample"]
+"""Whose change is the curvature: the ODE's direction, or the x_0 that it leads to."""
+MEASURES: tuple[Measure, ...] = get_args(Measure)
+
 
 @torch.no_grad()
 def measure_curvature(
-    denoiser: Denoiser, sample: torch.Tensor, grid: PhaseGrid, alphas: torch.Tensor, sigmas: torch.Tensor
+    denoiser: Denoiser,
+    sample: torch.Tensor,
+    grid: PhaseGrid,
+    alphas: torch.Tensor,
+    sigmas: torch.Tensor,
+    of: Measure = "epsilon",
 ) -> torch.Tensor:
-    """How much the ODE's direction changes from each point of the grid to the point below it.
+    """How much the ODE's direction, or the picture it leads to, changes from each point of the grid to the point below it.
 
-    Entry n - 1 is |eps(x_n, n) - eps(x_(n-1), n-1)|, as root mean square over a sample's coordinates, averaged over samples,
-    along the trajectories of DDIM steps from one point to the next. It is the change itself, not the change per unit of
-    time or of sigma: changes of consecutive points add up to how far eps has turned, which is the same however time is
-    counted, and a rate would need its measure back before it could be summed. Being of eps, which has variance 1
-    in every coordinate, it compares between models and resolutions. What bends between tau_0 and sigma = 0 is left out.
+    Entry n - 1 is |eps(x_n, n) - eps(x_(n-1), n-1)|, or the same of x_0, as root mean square over a sample's coordinates,
+    averaged over samples, along the trajectories of DDIM steps from one point to the next. It is the change itself, not the
+    change per unit of time or of sigma: changes of consecutive points add up to how far eps has turned, which is the same
+    however time is counted, and a rate would need its measure back before it could be summed. Being of eps, which has
+    variance 1 in every coordinate, it compares between models and resolutions; x_0 has the data's variance. What bends
+    between tau_0 and sigma = 0 is left out.
+
+    A DDIM step leaves x_0 as it is, so that the change of x_0 is sigma / alpha at the lower point times that of eps, exactly.
 
     DDIM steps are first order, so a finer grid follows the ODE more closely; `edges_by_curvature` cuts a coarser one.
 
@@ -40,13 +61,16 @@ def measure_curvature(
         sample: x at the top point, shape (B, ...), usually standard normal noise.
         grid: for its points; its edges do not matter.
         alphas, sigmas: tables over all T timesteps, shape (T,), as `alphas_and_sigmas` gives them.
+        of: whose change: `epsilon`, the direction, or `sample`, the predicted x_0.
 
     Returns:
         (N,) float64 on the CPU, entry n - 1 for point n = 1..N.
 
     Raises:
-        ValueError: tables that are not (T,), or a sigma of 0 at a point, where there is no eps.
+        ValueError: tables that are not (T,), a sigma of 0 at a point, where there is no eps, or another measure.
     """
+    if of not in MEASURES:
+        raise ValueError(f"Curvature is measured of {' or '.join(MEASURES)}; got {of!r}.")
     t = grid.num_train_timesteps
     if alphas.shape != (t,) or sigmas.shape != (t,):
         raise ValueError(f"alphas and sigmas must have shape ({t},); got {tuple(alphas.shape)} and {tuple(sigmas.shape)}.")
@@ -55,14 +79,14 @@ def measure_curvature(
         if sigma <= 0:
             raise ValueError(f"sigma must be positive at every point of the grid; at timestep {tau} it is {sigma}.")
     changes = torch.zeros(grid.num_solver_steps, dtype=torch.float64)
-    last_eps = None
+    last = None
     for n in range(grid.num_solver_steps, -1, -1):
         alpha, sigma = levels[n]
         x0 = denoiser(sample, n)
-        eps = (sample - alpha * x0) / sigma
-        if last_eps is not None:
-            changes[n] = widen(eps - last_eps).square().flatten(1).mean(1).sqrt().mean().item()
-        last_eps = eps
+        current = x0 if of == "sample" else (sample - alpha * x0) / sigma
+        if last is not None:
+            changes[n] = widen(current - last).square().flatten(1).mean(1).sqrt().mean().item()
+        last = current
         if n > 0:
             sample = jump(sample, x0, alpha, sigma, *levels[n - 1])
     return changes

@@ -126,9 +126,14 @@ def test_edges_may_be_anywhere_and_the_teachers_bend_proposes_some(pictures, tmp
     """Shares of a bend that sums to the whole; what is proposed trains, and the file says so."""
     config = config_for(pictures, tmp_path / "a.safetensors", steps=1)
     config.objective = ObjectiveConfig(num_phases=3, num_solver_steps=25, guidance_scale=3.0)
-    curvature = teacher_curvature(Run(config), samples=2)
+    trainer = Run(config)
+    curvature = teacher_curvature(trainer, samples=2)
     assert len(curvature) == 250
     assert (curvature >= 0).all()
+    of_sample = teacher_curvature(trainer, samples=2, of="sample")
+    below = list(PhaseGrid.even(1, 250).timesteps)[:-1]
+    far = (trainer.backbone.sigmas / trainer.backbone.alphas)[below].double().cpu()
+    torch.testing.assert_close(of_sample, curvature * far, rtol=1e-3, atol=1e-5)
     edges = edges_by_curvature(curvature, 3, 25).edges
     config.objective = dataclasses.replace(config.objective, phase_edges=edges[1:])
     assert read_settings(run(config)).phase_edges == edges

@@ -9,7 +9,7 @@ import gaussian_mixture as gmm
 import pytest
 import torch
 
-from pcm_scheduler.curvature import edges_by_curvature, measure_curvature
+from pcm_scheduler.curvature import MEASURES, edges_by_curvature, measure_curvature
 from pcm_scheduler.noise_schedule import alphas_and_sigmas, make_alphas_cumprod, make_betas
 from pcm_scheduler.phases import PhaseGrid
 
@@ -33,36 +33,45 @@ def gaussian(grid: PhaseGrid):
     return denoiser
 
 
-def exact_gaussian_curvature(grid: PhaseGrid, noise: torch.Tensor) -> torch.Tensor:
-    """With r = sigma / alpha, the ODE is x / alpha = MEAN + c sqrt(SPREAD^2 + r^2), and so eps = c r / sqrt(SPREAD^2 + r^2)."""
+def course(grid: PhaseGrid, of: str) -> torch.Tensor:
+    """How a Gaussian's eps, or its x_0 the other way round, goes along the ODE, up to a factor and a constant; it rises.
+
+    With r = sigma / alpha, the ODE is x / alpha = MEAN + c sqrt(SPREAD^2 + r^2), and so eps = c r / sqrt(SPREAD^2 + r^2) and
+    x_0 = x / alpha - r eps = MEAN + c SPREAD^2 / sqrt(SPREAD^2 + r^2).
+    """
     alphas, sigmas = levels(grid)
     r = sigmas / alphas
-    c = (noise / alphas[-1] - MEAN) / (SPREAD**2 + r[-1] ** 2).sqrt()
-    direction = r / (SPREAD**2 + r**2).sqrt()
-    return direction.diff() * c.square().flatten(1).mean(1).sqrt().mean()
+    return (r if of == "epsilon" else -(SPREAD**2) * torch.ones_like(r)) / (SPREAD**2 + r**2).sqrt()
 
 
-def test_a_gaussians_curvature_is_the_analytic_one_to_first_order():
+def exact_gaussian_curvature(grid: PhaseGrid, noise: torch.Tensor, of: str) -> torch.Tensor:
+    alphas, sigmas = levels(grid)
+    c = (noise / alphas[-1] - MEAN) / (SPREAD**2 + (sigmas / alphas)[-1] ** 2).sqrt()
+    return course(grid, of).diff() * c.square().flatten(1).mean(1).sqrt().mean()
+
+
+@pytest.mark.parametrize(("of", "error_at_50"), [("epsilon", 0.02), ("sample", 0.06)])
+def test_a_gaussians_curvature_is_the_analytic_one_to_first_order(of, error_at_50):
     """DDIM's steps, and with them the measure, are first order: five times the points, about a fifth of the error."""
     noise = torch.randn(16, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     errors = []
     for n in (50, 250):
         grid = PhaseGrid.even(1, n)
-        measured = measure_curvature(gaussian(grid), noise, grid, ALPHAS, SIGMAS)
+        measured = measure_curvature(gaussian(grid), noise, grid, ALPHAS, SIGMAS, of)
         assert measured.shape == (n,)
-        exact = exact_gaussian_curvature(grid, noise)
+        exact = exact_gaussian_curvature(grid, noise, of)
         errors.append(((measured - exact).abs().sum() / exact.sum()).item())
-    assert errors[0] < 0.02
-    assert errors[0] / errors[1] == pytest.approx(5, abs=0.2)
+    assert errors[0] < error_at_50
+    assert errors[0] / errors[1] == pytest.approx(5, abs=0.3)
 
 
-def test_edges_of_a_gaussian_are_where_its_direction_has_turned_equally():
-    """eps goes as r / sqrt(SPREAD^2 + r^2); edges at the points whose value of that is m/M of the way from end to end."""
+@pytest.mark.parametrize("of", MEASURES)
+def test_edges_of_a_gaussian_are_where_it_has_turned_equally(of):
+    """Edges are at the points where eps, or x_0, is m/M of the way from end to end."""
     grid = PhaseGrid.even(1, 500)
     noise = torch.randn(16, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    measured = measure_curvature(gaussian(grid), noise, grid, ALPHAS, SIGMAS)
-    r = (SIGMAS / ALPHAS)[list(grid.timesteps)]
-    turned = r / (SPREAD**2 + r**2).sqrt()
+    measured = measure_curvature(gaussian(grid), noise, grid, ALPHAS, SIGMAS, of)
+    turned = course(grid, of)
     turned = (turned - turned[0]) / (turned[-1] - turned[0])
     for phases in (2, 4, 8):
         expected = [int((turned <= m / phases).sum()) - 1 for m in range(1, phases)]
@@ -71,11 +80,33 @@ def test_edges_of_a_gaussian_are_where_its_direction_has_turned_equally():
         assert all(abs(a - b) <= 1 for a, b in zip(found, expected, strict=True)), (found, expected)
 
 
-def test_a_straight_ode_has_no_curvature():
-    """All data in one place: eps is the same all along, to rounding."""
+def test_where_half_of_a_gaussians_bend_is():
+    """What the module says of it."""
+    grid = PhaseGrid.even(1, 500)
+    halves = {}
+    for of in MEASURES:
+        whole = course(grid, of)
+        halves[of] = grid.timesteps[int((whole <= (whole[0] + whole[-1]) / 2).sum()) - 1]
+    assert halves == {"epsilon": 85, "sample": 297}
+
+
+def test_x_0_changes_by_the_lower_points_sigma_over_alpha_times_what_eps_does():
+    """A DDIM step leaves x_0 as it is; for any denoiser, one that bends wildly too."""
+    grid = PhaseGrid.even(1, 20)
+    alphas, sigmas = levels(grid)
+    noise = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    of_epsilon, of_sample = (
+        measure_curvature(lambda x, n: (3 * x + n).sin(), noise, grid, ALPHAS, SIGMAS, of) for of in MEASURES
+    )
+    torch.testing.assert_close(of_sample, of_epsilon * (sigmas / alphas)[:-1])
+
+
+@pytest.mark.parametrize("of", MEASURES)
+def test_a_straight_ode_has_no_curvature(of):
+    """All data in one place: eps and x_0 are the same all along, to rounding."""
     grid = PhaseGrid.even(1)
     noise = torch.randn(4, 8, dtype=torch.float64)
-    curvature = measure_curvature(lambda x, n: torch.full_like(x, 0.3), noise, grid, ALPHAS, SIGMAS)
+    curvature = measure_curvature(lambda x, n: torch.full_like(x, 0.3), noise, grid, ALPHAS, SIGMAS, of)
     torch.testing.assert_close(curvature, torch.zeros(50, dtype=torch.float64), rtol=0, atol=1e-10)
 
 
@@ -172,6 +203,10 @@ def test_as_many_phases_as_points_have_one_each():
         (lambda: edges_by_curvature(torch.ones(48), 4, 48), "nearest possible"),
         (lambda: measure_curvature(lambda x, n: x, torch.ones(1, 1), PhaseGrid.even(1), ALPHAS[:9], SIGMAS), "1000"),
         (lambda: measure_curvature(lambda x, n: x, torch.ones(1, 1), PhaseGrid.even(1), ALPHAS, 0 * SIGMAS), "timestep 0"),
+        (
+            lambda: measure_curvature(lambda x, n: x, torch.ones(1, 1), PhaseGrid.even(1), ALPHAS, SIGMAS, of="eps"),
+            "epsilon or sample; got 'eps'",
+        ),
     ],
 )
 def test_bad_input_is_refused(call, says):
