@@ -1,7 +1,7 @@
 """Draw, measure and report.
 
-    python -m lora_training.evaluation --config examples/configs/shapes_evaluation.yaml
-    accelerate launch -m lora_training.evaluation --config my.yaml
+    python -m lora_training.evaluation examples/evaluation/shapes.yaml
+    accelerate launch -m lora_training.evaluation my.yaml --batch_size 32
 
 `--help` lists every setting. An interrupted run goes on where it stopped; pictures that are there are not drawn again.
 """
@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
 
@@ -17,12 +18,20 @@ from .report import write_report
 from .run import Evaluation
 
 
+def config_first(arguments: Sequence[str]) -> list[str]:
+    """`FILE ...` as `--config FILE ...`, which the parser knows."""
+    return ["--config"][: bool(arguments) and not arguments[0].startswith("-")] + list(arguments)
+
+
 def parse(arguments: list[str] | None = None) -> EvaluationConfig:
     """Configuration file and overrides; exits with a message that names the bad setting."""
-    parser = ArgumentParser(prog="python -m lora_training.evaluation", description=__doc__)
-    parser.add_argument("--config", action="config", help="a YAML file with the settings below")
+    usage = "%(prog)s CONFIG.yaml [settings]"
+    parser = ArgumentParser(prog="python -m lora_training.evaluation", usage=usage, description=__doc__)
+    parser.add_argument(
+        "--config", action="config", help="a YAML file with the settings below; may come first without this name"
+    )
     parser.add_class_arguments(EvaluationConfig)
-    settings = vars(parser.instantiate(parser.parse_args(arguments)))
+    settings = vars(parser.instantiate(parser.parse_args(config_first(sys.argv[1:] if arguments is None else arguments))))
     settings.pop("config")
     return EvaluationConfig(**settings)
 

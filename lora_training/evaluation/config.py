@@ -61,7 +61,9 @@ class GuidanceConfig:
 
 @dataclass
 class OdeConfig:
-    """How far adapters leave their teacher's ODE; of methods with an adapter, a `pcm` scheduler and no new noise.
+    """How far adapters leave their teacher's ODE.
+
+    Of methods with an adapter, a `pcm` scheduler at the grid's own times, and no new noise.
 
     Attributes:
         count: prompts, the first of all; 0: not measured.

@@ -64,10 +64,20 @@ class Pictures:
             yield torch.stack([read_picture(self.path(number)) for number in batch])
 
 
+def to_bytes(drawn: torch.Tensor) -> torch.Tensor:
+    """Pictures (N, 3, H, W) in [0, 1] as they are kept: uint8, on the CPU."""
+    return (drawn.float().clamp(0, 1) * 255).round().byte().cpu()
+
+
+def from_bytes(kept: torch.Tensor) -> torch.Tensor:
+    """Pictures as they are measured: uint8 to [-1, 1]."""
+    return kept.float() / 127.5 - 1
+
+
 def read_picture(path: Path) -> torch.Tensor:
     """(3, H, W) in [-1, 1]."""
     with Image.open(path) as image:
-        return pil_to_tensor(image.convert("RGB")).float() / 127.5 - 1
+        return from_bytes(pil_to_tensor(image.convert("RGB")))
 
 
 def folder_of(root: Path, method: MethodConfig, steps: int, setting: object) -> Path:
@@ -80,6 +90,8 @@ def folder_of(root: Path, method: MethodConfig, steps: int, setting: object) -> 
         setting: whatever else the pictures depend on: model, prompts, size, seed.
     """
     told = asdict(method) | {"steps": steps, "adapter": ""}
+    if not method.timesteps:  # the grid's own: what was drawn before there were others is the same
+        del told["timesteps"]
     digest = hashlib.sha256(json.dumps([told, setting], sort_keys=True, default=str).encode())
     if method.adapter:
         digest.update(Path(method.adapter).read_bytes())
@@ -114,7 +126,7 @@ def generate(
     with tqdm(total=len(mine), desc=f"{name}, {steps} steps", unit="picture", disable=not mine or number > 0) as bar:
         for start in range(0, len(mine), pictures.batch_size):
             numbers = mine[start : start + pictures.batch_size]
-            drawn = gallery.draw(name, steps, [prompts[n] for n in numbers], numbers, size, seed)
-            for n, picture in zip(numbers, (drawn.float().clamp(0, 1) * 255).round().byte().cpu(), strict=True):
+            drawn = to_bytes(gallery.draw(name, steps, [prompts[n] for n in numbers], numbers, size, seed))
+            for n, picture in zip(numbers, drawn, strict=True):
                 pictures.keep(n, picture)
             bar.update(len(numbers))

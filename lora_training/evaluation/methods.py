@@ -20,6 +20,7 @@ from diffusers import (
 
 from pcm_scheduler import load_pcm_lora
 from pcm_scheduler.lora_file import AdapterSettings
+from pcm_scheduler.phases import PhaseGrid
 from pcm_scheduler.scheduling_pcm import PCMScheduler
 
 from ..randomness import generator_of
@@ -62,6 +63,8 @@ class MethodConfig:
         steps: numbers of sampling steps.
         guidance_scale: g; None: what the adapter recommends, 1 without one.
         eta: of the scheduler; None: what the adapter recommends with `pcm`, and otherwise what the scheduler is known for.
+        timesteps: where `pcm` stops instead of at the grid's own, such as `python -m lora_training.evaluation.search` finds;
+            `steps` is their number. Where other numbers of steps are measured, such as for guidance, those keep the grid's own.
     """
 
     name: str
@@ -70,6 +73,7 @@ class MethodConfig:
     steps: tuple[int, ...] = (1, 2, 4, 8, 16)
     guidance_scale: float | None = None
     eta: float | None = None
+    timesteps: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.+-][\w .,+-]*", self.name):
@@ -78,6 +82,13 @@ class MethodConfig:
             raise ValueError(f"Method {self.name}: there is no file {self.adapter}.")
         if not self.steps or min(self.steps) < 1:
             raise ValueError(f"Method {self.name}: steps are whole numbers from 1; got {self.steps}.")
+        if self.timesteps and self.scheduler != "pcm":
+            raise ValueError(f"Method {self.name}: timesteps are for the scheduler pcm, and this one has {self.scheduler}.")
+        if self.timesteps and self.steps != (len(self.timesteps),):
+            raise ValueError(
+                f"Method {self.name}: {len(self.timesteps)} timesteps are as many steps, and no other number; write "
+                f"steps: [{len(self.timesteps)}] instead of {list(self.steps)}."
+            )
 
 
 class Gallery:
@@ -88,7 +99,7 @@ class Gallery:
         methods: their adapters are loaded; names must differ.
 
     Raises:
-        ValueError: two methods of one name, or an adapter that does not fit.
+        ValueError: two methods of one name, an adapter that does not fit, or timesteps that are not its grid's.
     """
 
     def __init__(self, pipe: Any, methods: Sequence[MethodConfig]):
@@ -117,6 +128,8 @@ class Gallery:
                 self._schedulers[method.name] = (
                     loaded[method.adapter][2] if method.adapter else PCMScheduler.from_config(config, num_phases=1)
                 )
+                if method.timesteps:
+                    self.use_timesteps(method.name, method.timesteps)
                 eta = settings.eta if settings else 0.0
             else:
                 rival = RIVALS[method.scheduler]
@@ -140,6 +153,21 @@ class Gallery:
             self.pipe.set_adapters(self._adapters[name])
         elif self._adapters:
             self.pipe.disable_lora()
+
+    def grid(self, name: str) -> PhaseGrid:
+        """Of a method whose scheduler is `pcm`."""
+        return self._schedulers[name].grid
+
+    def use_timesteps(self, name: str, timesteps: Sequence[int]) -> None:
+        """Where a method whose scheduler is `pcm` stops from now on, in as many steps.
+
+        Raises:
+            ValueError: they are not points of its grid, strictly decreasing.
+        """
+        try:
+            self._schedulers[name] = PCMScheduler.from_config(self._schedulers[name].config, timesteps=list(timesteps))
+        except ValueError as error:
+            raise ValueError(f"Method {name}: {error}") from error
 
     def guidance_scale(self, name: str) -> float:
         """Of a method."""

@@ -92,8 +92,28 @@ def test_other_pictures_go_to_other_folders(tmp_path):
         folder_of(tmp_path, method, 4, {"seed": 1}),
         folder_of(tmp_path, MethodConfig("PCM", LCM), 4, {"seed": 0}),
         folder_of(tmp_path, MethodConfig("PCM", PCM, guidance_scale=2.0), 4, {"seed": 0}),
+        folder_of(tmp_path, MethodConfig("PCM", PCM, steps=(4,), timesteps=(999, 739, 499, 239)), 4, {"seed": 0}),
     ]
-    assert len({folder, *others}) == 5
+    assert len({folder, *others}) == 6
+
+
+def test_timesteps_of_a_methods_own_are_where_it_stops():
+    pipe = load_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    own, moved = (999, 739, 499, 239), (999, 739, 499, 119)
+    methods = [MethodConfig("PCM", PCM)]
+    methods += [MethodConfig(name, PCM, steps=(4,), timesteps=times) for name, times in (("own", own), ("moved", moved))]
+    gallery = Gallery(pipe, methods)
+    assert gallery.grid("moved") == gallery.grid("PCM")
+    drawn = {name: draw(gallery, name, 4) for name in gallery.methods}
+    torch.testing.assert_close(drawn["own"], drawn["PCM"], rtol=0, atol=0)
+    assert (drawn["moved"] - drawn["PCM"]).abs().mean() > 1e-4
+    gallery.use_timesteps("PCM", moved)
+    torch.testing.assert_close(draw(gallery, "PCM", 4), drawn["moved"], rtol=0, atol=0)
+    # for another number of steps they are not meant
+    torch.testing.assert_close(draw(gallery, "moved", 2), draw(gallery, "own", 2), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"Method PCM: .*not points of the grid"):
+        gallery.use_timesteps("PCM", (999, 500))
 
 
 @pytest.mark.parametrize(
@@ -102,6 +122,8 @@ def test_other_pictures_go_to_other_folders(tmp_path):
         ({"name": "../up"}, "name of a folder|that of a folder"),
         ({"name": "a", "adapter": "nowhere.safetensors"}, "no file nowhere"),
         ({"name": "a", "steps": (0,)}, "from 1"),
+        ({"name": "a", "timesteps": (999, 499)}, r"write steps: \[2\] instead of \[1, 2, 4, 8, 16\]"),
+        ({"name": "a", "scheduler": "ddim", "steps": (2,), "timesteps": (999, 499)}, "for the scheduler pcm"),
     ],
 )
 def test_bad_methods_are_refused(arguments, words):
