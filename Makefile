@@ -35,9 +35,9 @@ types: $(STAMP)
 
 report: $(STAMP) ## docs/results.md: every claim measured on the shapes model; an hour
 	$(PY) examples/shapes/write_prompts.py outputs/shapes_prompts.txt --count 512
-	$(PY) examples/shapes/write_prompts.py outputs/shapes_pairs.jsonl --count 256
+	$(PY) examples/shapes/write_prompts.py outputs/shapes_pairs.jsonl --count 128
 	OMP_NUM_THREADS=1 $(PY) -m accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no \
-		--dynamo_backend no -m lora_training.evaluation --config examples/evaluation/shapes.yaml
+		--dynamo_backend no -m lora_training.evaluation examples/evaluation/shapes.yaml
 	$(PY) examples/shapes/report.py
 
 bench: $(STAMP) ## the tables in benchmarks/README.md and docs/editing.md; hours

@@ -1,6 +1,6 @@
 """Sampling times of one method that a metric likes best, searched among the points of its grid.
 
-    python -m lora_training.evaluation.search examples/evaluation/shapes.yaml --method PCM --steps 8
+    python -m lora_training.evaluation.search examples/evaluation/shapes.yaml --method "PCM, 4 phases" --steps 8
     python -m lora_training.evaluation.search my.yaml --adapter my.safetensors --steps 6 --config.batch_size 8
 
 The first argument is an evaluation's configuration, whose model, prompts, reference and judges are used; `--config.` overrides
