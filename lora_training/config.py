@@ -174,21 +174,73 @@ class ObjectiveConfig:
 
 @dataclass
 class AdversarialConfig:
-    """A critic beside the objective: heads on the teacher's features tell the student's landings from their targets.
+    """A critic beside the objective: heads on frozen features tell the student's landings from their targets.
 
     Attributes:
         weight: of its judgement in the student's loss; 0: there is no critic.
+        space: what is looked at: `latent`, the points themselves, noised again, by the teacher's blocks; `pixel`, the pictures
+            that they imply, decoded with gradients, which takes a lot of memory: see `crop` and `gradient_checkpointing`.
+        network: whose features of pictures the heads judge: `pyramid`, none, but patch critics at three sizes, learned from
+            nothing; `vgg`, five maps of LPIPS's; `factory`, a module of your own. Not one that the result is measured by.
+        path: for `vgg` a `.safetensors` file with the state of `lpips.LPIPS(net="vgg")`; optional for `factory`, which is
+            called with it.
+        factory: `package.module:name` or `folder/file.py:name` of a function that returns a module which turns pictures
+            (N, 3, H, W) in [-1, 1] into a map (N, C, h, w) or several, with gradients.
+        crop: side of a square, in latents, drawn anew for every sample, that is decoded instead of the whole; 0: the whole.
         learning_rate: of the critic, constant.
-        critic_every: steps from one update of the critic to the next; the student is updated at every one.
-        heads: for each block of the teacher.
+        cadence: `together`: the student is told the judgement at every step; `alternate`: at odd steps, and the critic learns
+            at even ones. The objective's own loss is there at all of them.
+        critic_every: `together`, steps from one update of the critic to the next.
+        heads: for each map.
         width: of a head, a multiple of 8.
     """
 
     weight: float = 0.0
+    space: Literal["latent", "pixel"] = "latent"
+    network: Literal["pyramid", "vgg", "factory"] = "pyramid"
+    path: str = ""
+    factory: str = ""
+    crop: int = 0
     learning_rate: float = 1e-5
+    cadence: Literal["together", "alternate"] = "together"
     critic_every: int = 1
     heads: int = 4
     width: int = 64
+
+    def check(self) -> None:
+        """Refuse what cannot work.
+
+        Raises:
+            ValueError: which setting, what it is, what it may be.
+        """
+        if self.weight < 0:
+            raise ValueError(f"adversarial.weight must be 0 (no critic) or more; got {self.weight}.")
+        if self.width <= 0 or self.width % 8:
+            raise ValueError(f"adversarial.width must be a positive multiple of 8; got {self.width}.")
+        if self.crop < 0:
+            raise ValueError(f"adversarial.crop must be 0 (whole pictures) or a number of latents; got {self.crop}.")
+        if self.cadence == "alternate" and self.critic_every != 1:
+            raise ValueError(
+                "adversarial.cadence alternate already says when the critic learns: leave adversarial.critic_every at 1; got "
+                f"{self.critic_every}."
+            )
+        default = AdversarialConfig()
+        for name in ("network", "path", "factory", "crop"):
+            if self.space == "latent" and getattr(self, name) != getattr(default, name):
+                raise ValueError(
+                    f"adversarial.{name} is of a critic that sees pictures, and adversarial.space is latent, where the teacher "
+                    f"looks: set adversarial.space to pixel, or leave it out; got {getattr(self, name)!r}."
+                )
+        if (self.network == "factory") != bool(self.factory):
+            raise ValueError(
+                "adversarial.network factory and adversarial.factory, the function that returns the network, go together; got "
+                f"network={self.network} and factory={self.factory!r}."
+            )
+        if self.network == "pyramid" and self.path:
+            raise ValueError(
+                "adversarial.network pyramid has no weights to read: set it to vgg or factory, or leave adversarial.path out; "
+                f"got {self.path!r}."
+            )
 
 
 @dataclass
@@ -314,10 +366,7 @@ class TrainConfig:
                 f"objective.ct_start must be between 1 and objective.num_solver_steps={self.objective.num_solver_steps}; got "
                 f"{self.objective.ct_start}."
             )
-        if self.adversarial.weight < 0:
-            raise ValueError(f"adversarial.weight must be 0 (no critic) or more; got {self.adversarial.weight}.")
-        if self.adversarial.width <= 0 or self.adversarial.width % 8:
-            raise ValueError(f"adversarial.width must be a positive multiple of 8; got {self.adversarial.width}.")
+        self.adversarial.check()
         low, high = self.objective.guidance_range
         if not 1 <= low <= high:
             raise ValueError(

@@ -1,21 +1,21 @@
 """The adversarial consistency loss (arXiv 2405.18407, section 3.3): a critic tells where students land from where they should.
 
-"Real" is the consistency target, not data. Both points, at the stop of the jump, are noised again to a random level of the
-phase and shown to the frozen teacher; heads on its features judge them.
+"Real" is the consistency target, not data. Heads judge both points by frozen features of them: `critic_features.py` says which.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from .backbones import Backbone, Conditioning
-from .backbones.conditioning import joined
 from .config import AdversarialConfig
+from .critic_features import Features, PictureFeatures, TeacherFeatures
 
 if TYPE_CHECKING:
     from .objectives import ConsistencyObjective, Landing
@@ -35,67 +35,41 @@ class Residual(nn.Module):
         return x + self.body(x)
 
 
-def head(channels: int, width: int) -> nn.Sequential:
-    """A judge of one block's features, (N, channels, h, w) -> logits (N, 1, h, w)."""
-    return nn.Sequential(
-        nn.Conv2d(channels, width, 1), nn.GroupNorm(8, width), nn.LeakyReLU(0.2), Residual(width), nn.Conv2d(width, 1, 1)
-    )  # fmt: skip
-
-
-class TeacherFeatures:
-    """What the teacher's down, mid and up blocks put out, read by hooks while it predicts.
+def head(channels: int, width: int, halvings: int = 0) -> nn.Sequential:
+    """A judge of one map, (N, channels, h, w) -> logits, each of a place: (N, 1, h, w), both sides halved so many times.
 
     Args:
-        backbone: its UNet, with the student stepped aside, is the teacher.
+        channels: of the map.
+        width: inside, a multiple of 8.
+        halvings: strided convolutions to begin with, each wider than the one before: a patch critic (arXiv 1611.07004).
     """
-
-    def __init__(self, backbone: Backbone):
-        self.backbone = backbone
-
-    def blocks(self) -> list[nn.Module]:
-        """Of the network that is the teacher now."""
-        unet: Any = self.backbone.unet
-        return [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
-
-    @property
-    def channels(self) -> list[int]:
-        """Of each block's output."""
-        widths = list(self.backbone.unet.config.block_out_channels)
-        return [*widths, widths[-1], *reversed(widths)]
-
-    def __call__(self, sample: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> list[torch.Tensor]:
-        """Features (N, C, h, w) of each block, with gradients to the sample; call it where the teacher is in place."""
-        found: list[torch.Tensor] = []
-
-        def keep(module: nn.Module, arguments: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
-            found.append(output[0] if isinstance(output, tuple) else output)
-
-        handles = [block.register_forward_hook(keep) for block in self.blocks()]
-        try:
-            self.backbone.predict(sample, timestep, conditioning)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return found
+    if not halvings:
+        begin = [nn.Conv2d(channels, width, 1), nn.GroupNorm(8, width), nn.LeakyReLU(0.2)]
+    else:  # the first without a norm, which would take a picture's colour from it
+        widths = [8 * max(1, width // 8 >> k) for k in reversed(range(halvings))]
+        begin = [nn.Conv2d(channels, widths[0], 3, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for before, after in pairwise(widths):
+            begin += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after), nn.LeakyReLU(0.2)]
+    return nn.Sequential(*begin, Residual(width), nn.Conv2d(width, 1, 1))
 
 
 class Critic(nn.Module):
-    """Heads, several for every block, on the teacher's features.
+    """Heads, several for every map.
 
     Args:
-        channels: of the blocks' features.
-        heads: for each block.
-        width: of a head; a multiple of 8.
+        channels: of the maps.
+        heads: for each map.
+        width, halvings: of a head.
     """
 
-    def __init__(self, channels: Sequence[int], heads: int, width: int):
+    def __init__(self, channels: Sequence[int], heads: int, width: int, halvings: int = 0):
         super().__init__()
-        self.heads_a_block = heads
-        self.heads = nn.ModuleList(head(c, width) for c in channels for _ in range(heads))
+        self.heads_a_map = heads
+        self.heads = nn.ModuleList(head(c, width, halvings) for c in channels for _ in range(heads))
 
     def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         """Logits (N, J), each a mean over places."""
-        shown = [feature.float() for feature in features for _ in range(self.heads_a_block)]
+        shown = [feature.float() for feature in features for _ in range(self.heads_a_map)]
         return torch.stack([judge(x).mean(dim=(1, 2, 3)) for judge, x in zip(self.heads, shown, strict=True)], dim=1)
 
 
@@ -105,23 +79,29 @@ def hinge(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
 
 
 class AdversarialLoss:
-    """Both sides of the game, in one pass of the teacher.
+    """Both sides of the game, in one pass of the frozen networks.
 
-    The student's side comes as a term whose gradient at the landing is that of the critic's judgement: the pass of the teacher
-    is over, and the student's adapter switched on again, before anything flows back to the student.
+    The student's side comes as a term whose gradient at the landing is that of the critic's judgement: the pass is over, and
+    the student's adapter switched on again, before anything flows back to the student.
 
     Args:
         backbone: gives the features.
-        config: weight, heads, cadence.
+        config: weight, space, heads, cadence.
         seed: of the heads' first weights.
+        resolution: the side of training pictures, in pixels.
+
+    Raises:
+        FileNotFoundError, ValueError: as of `PictureFeatures`.
     """
 
-    def __init__(self, backbone: Backbone, config: AdversarialConfig, seed: int):
+    def __init__(self, backbone: Backbone, config: AdversarialConfig, seed: int, resolution: int):
         self.config = config
-        self.features = TeacherFeatures(backbone)
+        in_pixels = config.space == "pixel"
+        self.features: Features = PictureFeatures(backbone, config, resolution) if in_pixels else TeacherFeatures(backbone)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.critic = Critic(self.features.channels, config.heads, config.width).to(backbone.unet.device)
+            critic = Critic(self.features.channels, config.heads, config.width, self.features.halvings)
+        self.critic = critic.to(backbone.unet.device)
         self.step = 0  # of the run; the loop sets it
 
     @property
@@ -129,53 +109,48 @@ class AdversarialLoss:
         """By names that no student has."""
         return {f"critic.{name}": p for name, p in self.critic.named_parameters()}
 
+    def describe(self) -> str:
+        """What it looks at and when it learns, in words."""
+        config, maps = self.config, len(self.features.channels)
+        part = f" of {config.crop} latents a side" if config.crop else ""
+        where = f"pixels ({config.network}){part}" if config.space == "pixel" else "latents"
+        often = "at every second step" if config.cadence == "alternate" else f"at one step of {config.critic_every}"
+        return f"in {where}: {config.heads} head(s) on each of {maps} map(s), learning {often}"
+
+    @property
+    def turns(self) -> tuple[bool, bool]:
+        """Whether the student is told the critic's judgement at this step, and whether the critic learns."""
+        if self.config.cadence == "alternate":
+            return self.step % 2 == 1, self.step % 2 == 0
+        return True, self.step % self.config.critic_every == 0
+
     def __call__(
         self, landing: Landing, objective: ConsistencyObjective, conditioning: Conditioning, generator: torch.Generator
     ) -> torch.Tensor:
-        """weight * student's loss + critic's loss, a scalar to add.
+        """weight * student's loss + critic's loss, each at its turns, a scalar to add.
 
         Args:
             landing: where the student and the target are.
             objective: whose grid and levels they are on.
-            conditioning: of the batch; the critic is told the prompt too.
+            conditioning: of the batch.
             generator: on the CPU.
         """
-        batch, device = len(landing.stop), landing.landed.device
-        level = self.draw_level(landing.stop, objective, generator)
-        noise = torch.randn(landing.landed.shape, generator=generator).to(device)
-        landed = landing.landed.detach().requires_grad_(True)
-        both = torch.cat([landed, landing.target])
-        shown = renoised(both, objective, landing.stop.repeat(2), level.repeat(2), noise.repeat(2, 1, 1, 1))
-        timestep = objective.levels.timesteps[level].repeat(2)
-        judging = self.step % self.config.critic_every == 0
-        with objective.backbone.teacher():
-            features = self.features(shown, timestep, joined(conditioning, conditioning))
-            for p in self.critic.parameters():
-                p.requires_grad_(False)
-            wanted = -self.critic([feature[:batch] for feature in features]).mean()
-            (pull,) = torch.autograd.grad(_LARGE * wanted, landed)
-            for p in self.critic.parameters():
-                p.requires_grad_(True)
-        student = self.config.weight * (wanted.detach() + ((landing.landed - landed.detach()) * pull).sum() / _LARGE)
-        if not judging:
-            return student
-        fake, real = self.critic([feature.detach() for feature in features]).chunk(2)
-        return student + hinge(real, fake)
-
-    @staticmethod
-    def draw_level(stop: torch.Tensor, objective: ConsistencyObjective, generator: torch.Generator) -> torch.Tensor:
-        """Points from the stop to the top of the phase above it, uniform, (B,)."""
-        edges = torch.tensor(objective.grid.edge_indices, device=stop.device)
-        top = edges[torch.searchsorted(edges, stop, right=True).clamp(max=len(edges) - 1)]
-        share = torch.rand(len(stop), generator=generator).to(stop.device)
-        return stop + (share * (top - stop + 1)).long()
-
-
-def renoised(
-    sample: torch.Tensor, objective: ConsistencyObjective, stop: torch.Tensor, level: torch.Tensor, noise: torch.Tensor
-) -> torch.Tensor:
-    """x at `level` from x at `stop` by the forward process: c x + sqrt(sigma_r^2 - c^2 sigma_s^2) z, c = alpha_r / alpha_s."""
-    (alpha, sigma), (next_alpha, next_sigma) = objective.levels(stop), objective.levels(level)
-    scale = next_alpha / alpha
-    spread = (next_sigma.square() - (scale * sigma).square()).clamp(min=0).sqrt()
-    return scale * sample + spread * noise
+        telling, learning = self.turns
+        landed = landing.landed.detach().requires_grad_(telling)
+        loss = landed.new_zeros(())
+        with objective.backbone.teacher():  # for the gradient too: checkpointing runs the teacher again
+            with torch.set_grad_enabled(telling):
+                features = self.features(landed, landing, objective, conditioning, generator)
+            if telling:
+                for p in self.critic.parameters():
+                    p.requires_grad_(False)
+                wanted = -self.critic([feature[: len(landed)] for feature in features]).mean()
+                (pull,) = torch.autograd.grad(_LARGE * wanted, landed)
+                for p in self.critic.parameters():
+                    p.requires_grad_(True)
+                passed_on = ((landing.landed - landed.detach()) * pull).sum() / _LARGE
+                loss = self.config.weight * (wanted.detach() + passed_on)
+        if learning:
+            fake, real = self.critic([feature.detach() for feature in features]).chunk(2)
+            loss = loss + hinge(real, fake)
+        return loss

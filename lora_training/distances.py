@@ -46,17 +46,12 @@ def _lpips(config: ObjectiveConfig, backbone: Backbone) -> Distance:
     At an edge above 0 that is a picture with noise in it; it is still zero only where the two points are one.
     """
     network = load_lpips(config.lpips_weights, "objective.lpips_weights")
-    device = backbone.unet.device
-    network.to(device)
-    backbone.vae.to(device)
-
-    def pictures(sample: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-        return backbone.vae.decode(sample / alpha / backbone.vae.config.scaling_factor).sample
+    network.to(backbone.unet.device)
 
     def distance(landed: torch.Tensor, target: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            there = pictures(target, alpha)
-        return network(pictures(landed, alpha), there).mean()
+            there = backbone.decode_latents(target / alpha)
+        return network(backbone.decode_latents(landed / alpha), there).mean()
 
     return distance
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 
 import torch
@@ -12,7 +12,7 @@ from .loop import Run
 
 
 def describe(run: Run) -> Iterator[str]:
-    """Line by line: data, phases, adapter, work and memory."""
+    """Line by line: data, phases, adapter, critic, work and memory."""
     config, backbone, data = run.config, run.backbone, run.data
     yield f"model      {config.model.path} ({backbone.family}, {backbone.prediction_type}, T = {backbone.num_train_timesteps})"
     yield f"data       {config.data.path}: {data.describe()}"
@@ -25,24 +25,33 @@ def describe(run: Run) -> Iterator[str]:
     low, high = config.objective.guidance_range
     guidance = "none" if high == 1 else f"{low:g}" if low == high else f"{low:g} to {high:g}"
     yield f"teacher    {config.objective.solver}, {config.objective.solver_skip} grid point(s) a step, guidance {guidance}"
-    count = sum(p.numel() for p in run.parameters.values())
+    count = sum(p.numel() for p in run.student.parameters.values())
     yield (
         f"trained    {run.student.describe()}, {count / 1e6:.2f} M parameters, "
         f"a file of {2 * count / 2**20:.1f} MiB: {run.output}"
     )
+    judged = sum(p.numel() for p in run.critic.parameters.values()) if run.critic else 0
+    if run.critic:
+        yield f"critic     {run.critic.describe()}, {judged / 1e6:.2f} M parameters"
     samples = config.optimizer.batch_size * config.optimizer.gradient_accumulation * run.accelerator.num_processes
     seen = f"; every picture is seen {samples * config.optimizer.steps / len(data):.1f} times on average" if len(data) else ""
     yield f"work       {config.optimizer.steps} steps of {samples} samples{seen}"
-    networks = (p for unet in run.student.unets for p in unet.parameters())
     averages = sum(p.numel() for p in run.student.target_parameters.values())
-    frozen = sum(p.numel() * p.element_size() for p in networks) - 4 * count - 4 * averages
-    trained = 4 * (4 * count + averages)  # weights, gradients, two moments; and the average
+    unets = _bytes(run.student.unets) - 4 * count - 4 * averages
+    others = _bytes(run.critic.features.frozen) if run.critic else 0
+    trained = 4 * (4 * (count + judged) + averages)  # weights, gradients, two moments; and the average
     yield (
-        f"memory     {frozen / 2**30:.2f} GiB of frozen UNet, {trained / 2**30:.2f} GiB of what is trained, its gradients and "
-        "optimiser; activations as measured below"
+        f"memory     {unets / 2**30:.2f} GiB of frozen UNet, "
+        + (f"{others / 2**30:.2f} GiB of VAE and networks that the critic looks through, " if others else "")
+        + f"{trained / 2**30:.2f} GiB of what is trained, its gradients and optimiser; activations as measured below"
     )
     going_on = run.checkpoints.latest()
     yield f"start      {going_on if going_on and config.resume == 'latest' else 'from the first step'}"
+
+
+def _bytes(networks: Iterable[torch.nn.Module]) -> int:
+    """Of all their parameters."""
+    return sum(p.numel() * p.element_size() for network in networks for p in network.parameters())
 
 
 def dry_run(run: Run) -> None:

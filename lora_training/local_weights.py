@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -68,3 +70,34 @@ def local_folder(path: str | Path, setting: str, what: str, files: tuple[str, ..
 def read_state(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a `.safetensors` file, or of a torch file that holds tensors and no code."""
     return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+
+
+def call_factory(factory: str, path: str, device: torch.device | str, setting: str) -> Any:
+    """What a named function of the user's returns; a module is frozen and moved to the device.
+
+    Args:
+        factory: `package.module:name`, or `folder/file.py:name`, which is imported with its folder on the path.
+        path: what it is called with, if anything.
+        device: for modules.
+        setting: the name of the configuration's part, for messages.
+
+    Raises:
+        FileNotFoundError: the path is given and not there.
+        ValueError: no such module or function.
+    """
+    where, _, name = factory.partition(":")
+    if where.endswith(".py"):
+        folder = str(Path(where).resolve().parent)
+        if folder not in sys.path:
+            sys.path.append(folder)
+        where = Path(where).stem
+    try:
+        function = getattr(import_module(where), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{setting}.factory must be `package.module:name` or `folder/file.py:name`; got '{factory}': {error}"
+        ) from error
+    if path and not Path(path).exists():
+        raise FileNotFoundError(f"{setting}.path: there is no '{path}', which {factory} is called with. {UNASKED}")
+    made = function(Path(path)) if path else function()
+    return made.to(device).eval().requires_grad_(False) if isinstance(made, torch.nn.Module) else made

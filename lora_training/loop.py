@@ -83,18 +83,21 @@ class Run:
         self.backbone = load_backbone(config.model)
         if on_cpu:
             use_plain_attention(self.backbone.unet)
+        for part in (self.backbone.vae, *self.backbone.text_encoders, self.backbone.unet):
+            part.to(self.accelerator.device)
+        self.critic = self._build_critic()  # before pictures are encoded: it may lack weights
         self.data = self._load_data()
         self.grids = config.grids(self.backbone.num_train_timesteps)
         if not on_cpu:  # where memory is short, and every operation takes half precision
             self.backbone.unet.to(DTYPES[config.mixed_precision])
         self.student = build_student(self.backbone, config, self.mesh)
         if config.gradient_checkpointing:
+            self.backbone.vae.enable_gradient_checkpointing()
             self.backbone.unet.enable_gradient_checkpointing()
             self.backbone.unet.train()  # diffusers checkpoints in training mode only
         if config.compile:
             for unet in self.student.unets:
                 unet.compile_repeated_blocks(dynamic=config.data.aspect_buckets or None)
-        self.critic = self._build_critic()
         optimizer = build_optimizer(config.optimizer, self.student.parameters.values())
         if self.critic:
             optimizer.add_param_group({"params": list(self.critic.parameters.values()), "lr": config.adversarial.learning_rate})
@@ -112,7 +115,7 @@ class Run:
             raise ValueError("adversarial.weight needs whole weights in every process: launch without FSDP, or set it to 0.")
         if self.config.optimizer.name == "prodigy":
             raise ValueError("prodigy has one step size for all, and the critic wants its own: set optimizer.name to adamw.")
-        return AdversarialLoss(self.backbone, config, self.config.seed)
+        return AdversarialLoss(self.backbone, config, self.config.seed, self.config.data.resolution)
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
@@ -120,12 +123,9 @@ class Run:
         return self.student.parameters | (self.critic.parameters if self.critic else {})
 
     def _load_data(self) -> TrainingData | StreamingData:
-        """Encode on the accelerator, then leave it to the UNet; a stream goes on encoding there."""
+        """Encode where the model is, then leave that place to the UNet; a stream goes on encoding there."""
         config, accelerator = self.config, self.accelerator
         process = (accelerator.process_index, accelerator.num_processes)
-        parts = (self.backbone.vae, *self.backbone.text_encoders)
-        for part in (*parts, self.backbone.unet):
-            part.to(accelerator.device)
         source = open_source(config.data)
         if config.data.streaming:
             return StreamingData(source, config.data, self.backbone, config.seed, *process)
@@ -134,7 +134,7 @@ class Run:
         cache.encode(*process)
         accelerator.wait_for_everyone()
         data = cache.open()
-        for part in parts:
+        for part in (self.backbone.vae, *self.backbone.text_encoders):
             part.to("cpu")
         return data
 
@@ -265,6 +265,7 @@ class Run:
                     config.optimizer.batch_size > 1,
                 ),
                 ("trainable: lora", config.trainable != "lora"),
+                ("adversarial.crop: 16", config.adversarial.space == "pixel" and not 0 < config.adversarial.crop <= 16),
                 (f"lora.rank: {config.lora.rank // 2}", config.lora.rank > 1),
             ]
             option = next((text for text, open_ in advice if open_), "a smaller data.resolution")

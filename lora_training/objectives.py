@@ -56,8 +56,16 @@ class Start:
 
 @dataclass(frozen=True)
 class Landing:
-    """Where a batch of jumps ends: points `stop` (B,), and there the student's and the target's sample, (B, 4, h, w)."""
+    """A batch of the student's jumps, and where they should have ended.
 
+    Attributes:
+        n, sample: where they begin: points of the solver's grid, (B,), and x_n, (B, 4, h, w).
+        stop: points where they end, (B,), below n.
+        landed, target: the student's and the target's sample there, (B, 4, h, w).
+    """
+
+    n: torch.Tensor
+    sample: torch.Tensor
     stop: torch.Tensor
     landed: torch.Tensor
     target: torch.Tensor
@@ -214,7 +222,7 @@ class ConsistencyObjective:
         landed = self.jump_to(sample, n, stop, conditioning)  # before the target: autocast caches casts with their history
         with torch.no_grad(), self.backbone.target():
             target = sample_below if kind.to_the_edge else self.jump_to(sample_below, below, stop, conditioning)
-        return Landing(stop, landed, target)
+        return Landing(n, sample, stop, landed, target)
 
     def skip(self, progress: float) -> int:
         """Points of the grid from n to the point below."""

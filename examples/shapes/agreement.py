@@ -1,7 +1,9 @@
-"""The attribute classifier as the modules that configurations of `lora_training.evaluation` name.
+"""The attribute classifier as the modules that configurations of `lora_training` and its `evaluation` name.
 
 examples/shapes/agreement.py:form_features       where local form is compared: Frechet distance
 examples/shapes/agreement.py:embedding_features  what and where: consistency, diversity
+examples/shapes/agreement.py:form_maps           the same before it is averaged, for a critic (`adversarial.factory`): the
+                                                 adapter must then be measured in something else
 examples/shapes/agreement.py:caption_agreement   whether everything a text names is there: alignment, negative prompts
 """
 
@@ -114,6 +116,25 @@ class _Part(nn.Module):
 def form_features() -> nn.Module:
     """64 wide: the averaged channels of the first blocks, in which docs/results.md measures Frechet distance."""
     return _Part(load_classifier(), FORM_BLOCKS)
+
+
+class _Maps(nn.Module):
+    """Pictures (N, 3, H, W) in [-1, 1] -> what each of the first blocks puts out, (N, 16..64, H / 2.., W / 2..)."""
+
+    def __init__(self, classifier: AttributeClassifier):
+        super().__init__()
+        self.blocks = nn.ModuleList(classifier.trunk[3 * i : 3 * i + 3] for i in range(FORM_BLOCKS))
+
+    def forward(self, pictures: torch.Tensor) -> list[torch.Tensor]:
+        found = [pictures]
+        for block in self.blocks:
+            found.append(block(found[-1]))
+        return found[1:]
+
+
+def form_maps() -> nn.Module:
+    """Maps of 16, 32 and 64 channels: what a critic in pixel space judges."""
+    return _Maps(load_classifier())
 
 
 def embedding_features() -> nn.Module:

@@ -129,6 +129,15 @@ class Backbone(ABC):
         posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
         return posterior.mean * self.vae.config.scaling_factor, posterior.std * self.vae.config.scaling_factor
 
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pictures (N, 3, 8 h, 8 w), float32, of scaled latents (N, 4, h, w), with gradients to them.
+
+        In float32, as `encode_images`. The VAE, left in main memory once pictures are encoded, comes to where the latents are.
+        """
+        self.vae.to(latents.device)
+        with torch.autocast(latents.device.type, enabled=False):
+            return self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
+
     @contextmanager
     def teacher(self) -> Iterator[None]:
         """Within it `predict` is the teacher, bit for bit; it always is while nothing is trained."""

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..local_weights import library, local_file, read_state
+from ..local_weights import call_factory, library, local_file, read_state
 from .clip import Clip, load_clip, of_open_clip
-from .features import call_factory
 
 HPS_ARCHITECTURE = "ViT-H-14"
 _HPS_SOURCE = "Put HPS_v2_compressed.pt or HPS_v2.1_compressed.pt of the repository xswu/HPSv2 there."

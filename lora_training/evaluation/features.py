@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from transformers import AutoImageProcessor, AutoModel
 
-from ..local_weights import UNASKED, library, local_file, local_folder, read_state
+from ..local_weights import call_factory, library, local_file, local_folder, read_state
 from .clip import load_clip, to_bytes
 
 Features = Callable[[torch.Tensor], torch.Tensor]
@@ -75,37 +73,6 @@ def load_features(config: FeatureConfig, device: torch.device | str = "cpu", set
 def extract(features: Features, batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
     """The features (N, D) of each batch of pictures (N, 3, H, W), on the CPU, as they come."""
     return (features(pictures).cpu() for pictures in batches)
-
-
-def call_factory(factory: str, path: str, device: torch.device | str, setting: str) -> Any:
-    """What a named function of the user's returns; a module is frozen and moved to the device.
-
-    Args:
-        factory: `package.module:name`, or `folder/file.py:name`, which is imported with its folder on the path.
-        path: what it is called with, if anything.
-        device: for modules.
-        setting: the name of the configuration's part, for messages.
-
-    Raises:
-        FileNotFoundError: the path is given and not there.
-        ValueError: no such module or function.
-    """
-    where, _, name = factory.partition(":")
-    if where.endswith(".py"):
-        folder = str(Path(where).resolve().parent)
-        if folder not in sys.path:
-            sys.path.append(folder)
-        where = Path(where).stem
-    try:
-        function = getattr(importlib.import_module(where), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"{setting}.factory must be `package.module:name` or `folder/file.py:name`; got '{factory}': {error}"
-        ) from error
-    if path and not Path(path).exists():
-        raise FileNotFoundError(f"{setting}.path: there is no '{path}', which {factory} is called with. {UNASKED}")
-    made = function(Path(path)) if path else function()
-    return made.to(device).eval().requires_grad_(False) if isinstance(made, torch.nn.Module) else made
 
 
 def _inception(config: FeatureConfig, device: torch.device | str, setting: str) -> Features:

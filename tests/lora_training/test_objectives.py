@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_model
 from training_runs import batch_for, config_for, losses_of, stop_at
 from write_dataset import write_dataset
 
 from lora_training.backbones import load_backbone
 from lora_training.backbones.conditioning import expanded
 from lora_training.config import AdversarialConfig, LoraConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
-from lora_training.discriminator import AdversarialLoss, hinge, renoised
+from lora_training.critic_features import cropped, draw_corners, draw_level, implied_x0, probed, renoised
+from lora_training.discriminator import AdversarialLoss, hinge
+from lora_training.dry_run import describe
 from lora_training.loop import Interrupted, Run, run
 from lora_training.objectives import KINDS, ConsistencyObjective, discretization, sampling_eta, target_decay, to_any_point
 from lora_training.phase_edges import teacher_curvature
@@ -22,10 +25,14 @@ from lora_training.students import Adapter, WholeUNet
 from lora_training.teacher import guided_prediction
 from pcm_scheduler.curvature import edges_by_curvature
 from pcm_scheduler.lora_file import read_settings
+from pcm_scheduler.noise_schedule import predict_x0_and_epsilon
 from pcm_scheduler.phases import PhaseGrid
 from pcm_scheduler.sampling import jump
 
 from model import MODEL_DIR
+
+FORM_MAPS = f"{Path(__file__).parent.parent.parent / 'examples' / 'shapes' / 'agreement.py'}:form_maps"
+IN_PIXELS = AdversarialConfig(weight=0.5, space="pixel", network="factory", factory=FORM_MAPS, crop=6, heads=1, width=8)
 
 
 def generator():
@@ -157,7 +164,7 @@ def test_noise_is_added_as_the_forward_process_adds_it(backbone):
 def test_the_critic_looks_within_the_phase(backbone):
     objective = ConsistencyObjective(backbone, PhaseGrid.even(4), ObjectiveConfig())
     stop = torch.tensor([0, 12, 25, 37, 20]).repeat(500)
-    level = AdversarialLoss.draw_level(stop, objective, generator())
+    level = draw_level(stop, objective, generator())
     top = torch.tensor([12, 25, 37, 50, 25]).repeat(500)
     assert (level >= stop).all()
     assert (level <= top).all()
@@ -177,7 +184,7 @@ def test_the_students_gradient_is_that_of_the_critics_judgement(student):
         p.data += 0.01 * torch.randn(p.shape, generator=generator())
     latents, told, empty = batch_for(backbone)
     objective = ConsistencyObjective(backbone, PhaseGrid.even(4), ObjectiveConfig(guidance_scale=1.0))
-    adversarial = AdversarialLoss(backbone, AdversarialConfig(weight=0.5, heads=1, width=8), seed=0)
+    adversarial = AdversarialLoss(backbone, AdversarialConfig(weight=0.5, heads=1, width=8), seed=0, resolution=128)
     landing = objective.land(latents, told, empty, generator())
     draws = generator()
     adversarial(landing, objective, told, draws).backward()
@@ -188,20 +195,114 @@ def test_the_students_gradient_is_that_of_the_critics_judgement(student):
         p.grad = None
     draws = generator()
     landing = objective.land(latents, told, empty, generator())
-    level = adversarial.draw_level(landing.stop, objective, draws)
+    level = draw_level(landing.stop, objective, draws)
     noise = torch.randn(latents.shape, generator=draws)
     shown = renoised(landing.landed, objective, landing.stop, level, noise)
     adversarial.features.backbone = judge  # the same weights, and no adapter
-    (-0.5 * adversarial.critic(adversarial.features(shown, objective.levels.timesteps[level], told)).mean()).backward()
+    (-0.5 * adversarial.critic(adversarial.features.read(shown, objective.levels.timesteps[level], told)).mean()).backward()
     for name, gradient in ours.items():
         expected = trained.parameters[name].grad
         torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
-def test_a_run_with_a_critic_resumes_bit_for_bit_and_both_learn(pictures, tmp_path, monkeypatch):
+def test_a_landings_picture_is_the_students_own_prediction(backbone):
+    """In every phase; and a target at the same point has the same picture, though it came from elsewhere."""
+    latents, told, empty = batch_for(backbone, count=8)
+    objective = ConsistencyObjective(backbone, PhaseGrid.even(4), ObjectiveConfig(guidance_scale=1.0))
+    with torch.no_grad():
+        landing = objective.land(latents, told, empty, generator())
+        output = backbone.predict(landing.sample, objective.levels.timesteps[landing.n], told)
+    predicted, _ = predict_x0_and_epsilon(output, landing.sample, *objective.levels(landing.n), backbone.prediction_type)
+    assert len(landing.stop.unique()) == 4
+    torch.testing.assert_close(implied_x0(landing.landed, landing, objective), predicted, rtol=0, atol=1e-3)
+    for settings in ({"network": "pyramid", "factory": ""}, {}):
+        seen = AdversarialLoss(backbone, dataclasses.replace(IN_PIXELS, **settings), seed=0, resolution=128).features
+        met = dataclasses.replace(landing, target=landing.landed)
+        for features in seen(met.landed, met, objective, told, generator()):
+            ours, theirs = features.chunk(2)
+            assert torch.equal(ours, theirs)
+        apart = seen(landing.landed, landing, objective, told, generator())
+        assert not any(torch.equal(*features.chunk(2)) for features in apart)
+
+
+def test_squares_are_cut_everywhere_and_hold_what_was_there():
+    latents = torch.arange(300 * 4 * 5 * 9.0).view(300, 4, 5, 9)
+    corners = draw_corners(latents.shape, 3, generator())
+    assert {top for top, _ in corners} == {0, 1, 2}
+    assert {left for _, left in corners} == set(range(7))
+    cut = cropped(latents, 3, corners)
+    for i, (top, left) in enumerate(corners):
+        assert torch.equal(cut[i], latents[i, :, top : top + 3, left : left + 3])
+    assert cropped(latents, 7, draw_corners(latents.shape, 7, generator())).shape == (300, 4, 5, 7)
+    assert torch.equal(cropped(latents, 0, draw_corners(latents.shape, 0, generator())), latents)
+
+
+@pytest.mark.parametrize("settings", [{}, {"network": "pyramid", "factory": "", "crop": 0}], ids=["factory", "pyramid"])
+def test_the_students_gradient_through_pictures(settings):
+    """Beside a pass in which all flows back at once; nothing else than the student and the critic is moved by it."""
+    backbone = load_backbone(ModelConfig(path=str(MODEL_DIR)))
+    frozen = [*backbone.vae.parameters(), *backbone.unet.parameters()]
+    trained = Adapter(backbone, LoraConfig(rank=2, targets=("to_q", "conv1")), seed=0)
+    for p in trained.parameters.values():
+        p.data += 0.01 * torch.randn(p.shape, generator=generator())
+    latents, told, empty = batch_for(backbone, count=2)
+    objective = ConsistencyObjective(backbone, PhaseGrid.even(4), ObjectiveConfig(guidance_scale=1.0))
+    config = dataclasses.replace(IN_PIXELS, cadence="alternate", **settings)
+    adversarial = AdversarialLoss(backbone, config, seed=0, resolution=128)
+    adversarial.step = 1
+    adversarial(objective.land(latents, told, empty, generator()), objective, told, generator()).backward()
+    ours = {name: p.grad.clone() for name, p in trained.parameters.items()}
+    assert all(p.grad is None for p in adversarial.parameters.values())  # it is told, and does not learn
+
+    for p in trained.parameters.values():
+        p.grad = None
+    landing = objective.land(latents, told, empty, generator())
+    corners = draw_corners(latents.shape, config.crop, generator())
+    seen = cropped(implied_x0(landing.landed, landing, objective), config.crop, corners)
+    pictures = backbone.vae.decode(seen / backbone.vae.config.scaling_factor).sample
+    for p in adversarial.parameters.values():
+        p.requires_grad_(False)
+    (-0.5 * adversarial.critic(adversarial.features.network(pictures)).mean()).backward()
+    for name, gradient in ours.items():
+        expected = trained.parameters[name].grad
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+    assert max(gradient.abs().max() for gradient in ours.values()) > 0
+
+    for p in adversarial.parameters.values():
+        p.requires_grad_(True)
+    for p in trained.parameters.values():
+        p.grad = None
+    adversarial.step = 2  # the critic learns, and the student is not told
+    loss = adversarial(objective.land(latents, told, empty, generator()), objective, told, generator())
+    loss.backward()
+    assert loss.item() == pytest.approx(2, abs=1)
+    assert all(p.grad is None for p in trained.parameters.values())
+    assert all(p.grad is not None for p in adversarial.parameters.values())
+    assert all(p.grad is None and not p.requires_grad for p in frozen)
+
+
+def test_a_critic_sees_by_vggs_maps(backbone, tmp_path):
+    lpips = pytest.importorskip("lpips")
+    path = tmp_path / "lpips.safetensors"
+    save_model(lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False), path)
+    config = dataclasses.replace(IN_PIXELS, network="vgg", factory="", path=str(path), crop=4)
+    adversarial = AdversarialLoss(backbone, config, seed=0, resolution=128)
+    assert adversarial.features.channels == [64, 128, 256, 512, 512]
+    assert len(adversarial.features.frozen) == 2  # the VAE, VGG
+
+
+@pytest.mark.parametrize(
+    "adversarial",
+    [
+        AdversarialConfig(weight=0.1, learning_rate=1e-3, critic_every=2, heads=1, width=8),
+        dataclasses.replace(IN_PIXELS, learning_rate=1e-3, cadence="alternate"),
+    ],
+    ids=["latent", "pixel"],
+)
+def test_a_run_with_a_critic_resumes_bit_for_bit_and_both_learn(adversarial, pictures, tmp_path, monkeypatch):
     losses = losses_of(monkeypatch)
     config = config_for(pictures, tmp_path / "whole.safetensors", steps=6)
-    config.adversarial = AdversarialConfig(weight=0.1, learning_rate=1e-3, critic_every=2, heads=1, width=8)
+    config.adversarial = adversarial
     run(config)
     straight = losses[:]
     losses.clear()
@@ -222,6 +323,12 @@ def test_a_run_with_a_critic_resumes_bit_for_bit_and_both_learn(pictures, tmp_pa
     whole.step(2)
     moved = [not torch.equal(p, before[name]) for name, p in whole.critic.parameters.items()]
     assert sum(moved) > 0.9 * len(moved)
+    counts = [sum(p.numel() for p in part.parameters.values()) / 1e6 for part in (whole.student, whole.critic)]
+    said = {line.split()[0]: line for line in describe(whole)}
+    assert f"{counts[0]:.2f} M parameters" in said["trained"]
+    assert f"in {adversarial.space}s" in said["critic"]
+    assert f"{counts[1]:.2f} M parameters" in said["critic"]
+    assert ("GiB of VAE" in said["memory"]) == (adversarial.space == "pixel")
 
 
 def test_what_a_critic_does_not_go_with_is_refused(pictures, tmp_path):
@@ -235,3 +342,39 @@ def test_what_a_critic_does_not_go_with_is_refused(pictures, tmp_path):
         dataclasses.replace(config, adversarial=AdversarialConfig(width=12))
     with pytest.raises(ValueError, match="no teacher to guide"):
         dataclasses.replace(config, objective=ObjectiveConfig(name="ct", guidance_scale=5.0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"crop": 8}, "adversarial.space to pixel"),
+        ({"space": "pixel", "network": "factory"}, "go together"),
+        ({"space": "pixel", "factory": FORM_MAPS}, "go together"),
+        ({"space": "pixel", "path": "vgg.safetensors"}, "no weights to read"),
+        ({"space": "pixel", "crop": -1}, "number of latents"),
+        ({"cadence": "alternate", "critic_every": 2}, "critic_every at 1"),
+    ],
+)
+def test_settings_of_a_critic_that_contradict_each_other_are_refused(settings, says, pictures, tmp_path):
+    with pytest.raises(ValueError, match=says):
+        config_for(pictures, tmp_path / "a.safetensors", adversarial=AdversarialConfig(weight=0.1, **settings))
+
+
+def test_a_network_that_cannot_judge_is_refused_before_pictures_are_encoded(pictures, tmp_path):
+    config = config_for(pictures, tmp_path / "a.safetensors")
+    config.data.cache = str(tmp_path / "cache")
+    config.adversarial = AdversarialConfig(weight=0.1, space="pixel", network="vgg", path="nowhere.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"adversarial.path.*'nowhere.safetensors'.*Nothing is downloaded"):
+        Run(config)
+    assert not list(tmp_path.iterdir())
+    blind = torch.no_grad()(torch.clone)
+    refused = (
+        (lambda pictures: pictures.mean(dim=(2, 3)), r"gives \(1, 3\)"),
+        (lambda pictures: [None], "gives NoneType"),
+        (lambda pictures: [], "gives none"),
+        (torch.nn.Conv2d(3, 8, 64), "32 x 32 pixels it fails"),
+        (blind, "stops them"),
+    )
+    for network, says in refused:
+        with pytest.raises(ValueError, match=says):
+            probed(network, 32, torch.device("cpu"))
