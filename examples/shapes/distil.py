@@ -47,6 +47,10 @@ FURTHER: dict[str, dict[str, Any]] = {  # by file; what differs from PCM's confi
     }
     for m in (2, 8)
 } | {
+    "pcm_1phase": {  # for one step, which is where a critic has most to say; the learning rate is LCM's, also of one phase
+        "objective.num_phases": 1, "sampling.num_inference_steps": 1, "adversarial.weight": 0.1,
+        "optimizer.learning_rate": 1e-4, "title": "Shapes PCM, 1 phase, adversarial",
+    },
     "pcm_4phase_unguided": {
         "objective.guidance_scale": 1.0, "data.caption_dropout": 0.1, "sampling.guidance_scale": 5.0,
         "title": "Shapes PCM, 4 phases, unguided teacher",

@@ -35,7 +35,7 @@ CONFIG = ROOT / "examples" / "evaluation" / "shapes.yaml"
 STEPS = (1, 2, 4, 8, 16)
 SHOWN = 9
 TEACHER_RIVALS = ("DDIM", "DPM-Solver++", "UniPC", "Euler")  # no distillation
-DISTILLED_RIVALS = ("LCM", "LCM, by LCMScheduler")
+DISTILLED_RIVALS = ("LCM", "LCM, guidance 1", "LCM, by LCMScheduler")
 ALONE = "PCM, 4 phases"
 MATCHED = {1: "PCM, 1 phase", 2: "PCM, 2 phases", 4: ALONE, 8: "PCM, 8 phases", 16: "PCM, 8 phases"}  # by steps
 Row = dict[str, Any]
@@ -164,8 +164,8 @@ def ablation_table(rows: Sequence[Row], base: Row, deviation: dict[str, float]) 
             verdict = "tie" if abs(gain) < 2 * deviation["4"] else "better" if gain > 0 else "worse"
         changes = ", ".join(f"`{key}={value}`" for key, value in row["settings"].items()) or "(the base)"
         cells.append(
-            [row["name"], changes, f"{row['guidance_scale']:g}"]
-            + [f"{figures[k]['frechet']:.2f}" if k in figures else "" for k in map(str, ABLATION_STEPS)]
+            [row["name"], changes, " ".join(f"{figures[k]['guidance_scale']:g}" for k in map(str, ABLATION_STEPS))]
+            + [f"{figures[k]['frechet']:.2f}" for k in map(str, ABLATION_STEPS)]
             + [verdict, f"{100 * figures['4']['shape_and_colour']:.1f}", f"{row['ode']['4']:.3f}" if row.get("ode") else ""]
         )
     heads = ["name", "what is set", "guidance", *map(str, ABLATION_STEPS), "at 4", "shape and colour at 4, %", "ODE error at 4"]
@@ -289,7 +289,7 @@ Root mean square of the difference from the teacher's finely solved end point of
 ## Settings of training, one changed at a time
 
 {UPDATES} updates each, half of what the shipped adapters had, and {IMAGES} pictures from one noise, so these distances are
-not to be compared with those above. Each with the best of three sampling guidances at 4 steps; one-phase rows with the
+not to be compared with those above. Each with the best of three sampling guidances at every number of steps; one-phase rows with the
 learning rate that the search for LCM chose, the others with PCM's. {ties}
 
 Every row is made by `python examples/shapes/ablate.py --only NAME`, and its figures, with the settings' hash, are in

@@ -28,8 +28,8 @@ def test_a_tie_is_less_than_two_deviations(gap, tie):
 
 
 def kept(name, distance, table="distance", **settings):
-    steps = {str(k): {"frechet": distance, "shape_and_colour": 0.9} for k in ablate.STEPS}
-    return {"name": name, "table": table, "settings": settings, "guidance_scale": 1.0, "steps": steps}
+    steps = {str(k): {"guidance_scale": 1.0, "frechet": distance, "shape_and_colour": 0.9} for k in ablate.STEPS}
+    return {"name": name, "table": table, "settings": settings, "steps": steps}
 
 
 def test_a_setting_is_better_or_worse_by_more_than_training_seeds_are():
