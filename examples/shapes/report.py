@@ -289,8 +289,9 @@ Root mean square of the difference from the teacher's finely solved end point of
 ## Settings of training, one changed at a time
 
 {UPDATES} updates each, half of what the shipped adapters had, and {IMAGES} pictures from one noise, so these distances are
-not to be compared with those above. Each with the best of three sampling guidances at every number of steps; one-phase rows with the
-learning rate that the search for LCM chose, the others with PCM's. {ties}
+not to be compared with those above. Each with the best of three sampling guidances at every number of steps (in one step they
+ask for less of it than in four); one-phase rows with the learning rate that the search for LCM chose, the others with PCM's.
+{ties}
 
 Every row is made by `python examples/shapes/ablate.py --only NAME`, and its figures, with the settings' hash, are in
 [examples/shapes/ablations](../examples/shapes/ablations).{left}

@@ -6,8 +6,9 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -80,6 +81,16 @@ def read_picture(path: Path) -> torch.Tensor:
         return from_bytes(pil_to_tensor(image.convert("RGB")))
 
 
+def chosen(config: Any) -> dict[str, Any]:
+    """What a dataclass says beside its defaults, so that a setting that is new changes nothing until it is used."""
+    told = {}
+    for item in fields(config):
+        default = item.default if item.default_factory is MISSING else item.default_factory()
+        if (value := getattr(config, item.name)) != default:
+            told[item.name] = value
+    return told
+
+
 def folder_of(root: Path, method: MethodConfig, steps: int, setting: object) -> Path:
     """A folder whose name changes when anything does that makes other pictures.
 
@@ -89,9 +100,7 @@ def folder_of(root: Path, method: MethodConfig, steps: int, setting: object) -> 
         steps: of sampling.
         setting: whatever else the pictures depend on: model, prompts, size, seed.
     """
-    told = asdict(method) | {"steps": steps, "adapter": ""}
-    if not method.timesteps:  # the grid's own: what was drawn before there were others is the same
-        del told["timesteps"]
+    told = chosen(method) | {"steps": steps, "adapter": ""}
     digest = hashlib.sha256(json.dumps([told, setting], sort_keys=True, default=str).encode())
     if method.adapter:
         digest.update(Path(method.adapter).read_bytes())

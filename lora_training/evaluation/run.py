@@ -20,7 +20,7 @@ from .alignment import load_scorer, mean_score
 from .config import EvaluationConfig, PairConfig
 from .distribution import Moments, frechet_distance, kernel_distance, precision_recall
 from .features import extract, load_features
-from .generation import Pictures, folder_of, generate, read_picture
+from .generation import Pictures, chosen, folder_of, generate, read_picture
 from .methods import Gallery, MethodConfig
 from .ode import ode_rows
 from .prompts import read_pairs, read_prompts
@@ -261,7 +261,7 @@ def over_seeds(runs: Sequence[list[Row]]) -> list[Row]:
 def pictures_of(config: EvaluationConfig, method: MethodConfig, steps: int, seed: int, prompts: Sequence[str] = ()) -> Pictures:
     """Where an evaluation keeps a method's pictures; its prompts are read unless they are given."""
     prompts = prompts or read_prompts(config.prompts, config.count)
-    told = {"model": asdict(config.model), "prompts": prompts, "size": config.size, "seed": seed}
+    told = {"model": chosen(config.model), "prompts": prompts, "size": config.size, "seed": seed}
     folder = folder_of(Path(config.output) / "pictures", method, steps, told | {"precision": config.precision})
     return Pictures(folder, len(prompts), config.batch_size)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from evaluate import ADAPTERS
@@ -131,3 +133,14 @@ def test_bad_methods_are_refused(arguments, words):
         MethodConfig(**arguments)
     with pytest.raises(ValueError, match="names of their own"):
         Gallery(load_pipeline(), [MethodConfig("a"), MethodConfig("a")])
+
+
+def test_a_new_setting_leaves_pictures_where_they_are(tmp_path):
+    @dataclasses.dataclass
+    class Grown(MethodConfig):
+        brightness: float = 0.0
+
+    grown = Grown("PCM", PCM)
+    assert folder_of(tmp_path, grown, 4, {}) == folder_of(tmp_path, MethodConfig("PCM", PCM), 4, {})
+    grown.brightness = 1.0
+    assert folder_of(tmp_path, grown, 4, {}) != folder_of(tmp_path, MethodConfig("PCM", PCM), 4, {})
