@@ -6,6 +6,8 @@
 The first argument is an evaluation's configuration, whose model, prompts, reference and judges are used; `--config.` overrides
 any setting of it. What is found is measured once more beside the grid's own times, with other prompts and other noise: that
 gain is to be believed, the searched one is not. An interrupted search goes on where it stopped: run the same command again.
+Every figure that there are judges for is kept of every choice, so that another metric begins with what has been drawn;
+`--metric alignment --config.features null` spares the reference's pictures.
 
 `--help` lists every setting.
 """
