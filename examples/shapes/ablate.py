@@ -111,6 +111,10 @@ def variants() -> list[Variant]:
         "solver": {"heun": {"objective.solver": "heun"}},
         "solver steps": {f"n-{n}": {"objective.num_solver_steps": n} for n in (20, 100)},
         "rank": {f"rank-{r}": {"lora.rank": r} for r in (8, 64)},
+        "edges": {  # as `python -m lora_training.phase_edges` proposes them, by either of its measures
+            "edges-epsilon": {"objective.phase_edges": [999, 659, 359, 119]},
+            "edges-sample": {"objective.phase_edges": [999, 939, 839, 639]},
+        },
         "consistency training": {"ct-4": objectives["ct"] | {"objective.num_phases": 4}},
     }
     rows = [Variant(name, "objectives", settings) for name, settings in objectives.items()]

@@ -201,6 +201,7 @@ TABLES = {  # of ablations: heading, what is in it beside the base
     "solver": "Solver of the teacher (the base: DDIM, which is Euler's)",
     "solver steps": "Solver steps N (the base: 50)",
     "rank": "Rank (the base: 32)",
+    "edges": "Phase edges where the teacher's ODE bends (the base: even ones)",
     "consistency training": "Consistency training in phases",
 }
 
