@@ -104,7 +104,7 @@ def publish(path: Path, output: Path, config: TrainConfig) -> None:
 
 def distil_further(name: str, learning_rate: float) -> None:
     """One of the further adapters, at PCM's learning rate unless it says another."""
-    path = trained(f"PCM-{name}", learning_rate)
+    path = RUNS_DIR / "search" / model_fingerprint() / f"{name}.safetensors"
     told = {"optimizer.learning_rate": learning_rate, "output": path} | FURTHER[name]
     config = parse(
         ["--config", str(CONFIGS["PCM"]), *(part for key, value in told.items() for part in (f"--{key}", str(value)))]
