@@ -38,13 +38,22 @@ class ModelConfig:
         prediction_type: overrides the model's own, for single files that do not say `v_prediction`; None: as the model says.
         single_file_config: the diffusers folder or hub id whose configuration a single file has; empty: diffusers guesses.
         teacher_loras: LoRA files merged into the teacher, and so into the student's body, such as a style; at scale 1.
+        beta_schedule: of the noise, for teacher, student and whoever samples the adapter, whose header states it; None: as the
+            model says. AnimateDiff's motion modules v1 to v3 were trained on `linear`, Stable Diffusion on `scaled_linear`.
+        motion_adapter: of `animatediff`: a diffusers MotionAdapter folder, a hub id, or a `.safetensors` file in AnimateDiff's
+            own layout.
+        image_adapter: of `animatediff`: a PCM LoRA of the image model that the student has beneath what is trained, frozen; the
+            teacher has it not. It is in the files that are written.
     """
 
     path: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    family: Literal["sd15", "sdxl"] = "sd15"
+    family: Literal["sd15", "sdxl", "animatediff"] = "sd15"
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
     single_file_config: str = ""
     teacher_loras: tuple[str, ...] = ()
+    beta_schedule: Literal["linear", "scaled_linear"] | None = None
+    motion_adapter: str = ""
+    image_adapter: str = ""
 
 
 @dataclass
@@ -103,7 +112,9 @@ class LoraConfig:
         rank: of every module.
         alpha: the scale is alpha / rank; None means alpha = rank.
         dropout: of the adapter's input in training.
-        targets: which modules are adapted: a set by name, or name endings of your own.
+        targets: which kinds of module are adapted: a set by name, or name endings of your own. Of motion modules, never
+            `proj_in` and `proj_out`: diffusers calls them in a way that PEFT's layers do not take.
+        parts: which of a video model's layers: those of the image model (`spatial`), the motion modules, or all.
         dora: learn the length of every output's weights beside their direction (arXiv 2402.09353).
         init_adapter: go on from this adapter file (written by this trainer, or a published PCM LoRA) instead of from nothing.
     """
@@ -112,6 +123,7 @@ class LoraConfig:
     alpha: float | None = None
     dropout: float = 0.0
     targets: Literal["attention", "attention+ff", "all"] | tuple[str, ...] = "all"
+    parts: Literal["all", "spatial", "motion"] = "all"
     dora: bool = False
     init_adapter: str = ""
 
@@ -144,6 +156,8 @@ class ObjectiveConfig:
         huber_c: the constant of the pseudo-Huber distance sqrt(d^2 + c^2) - c.
         target_ema: decay of the running average of the adapter that makes the target; 0: the adapter itself. With `ct` it is
             mu_0, and grows towards 1 with the number of intervals.
+        shared_noise: of clips, the share s of the noise's variance that all frames have in common: sqrt(s) common + sqrt(1 - s)
+            own, as PYoCo's mixed noise model (arXiv 2305.10474). Sampling draws its own noise, usually with s = 0.
         ct_start: with `ct`, the intervals that the schedule is cut into at first; they grow to `num_solver_steps`.
     """
 
@@ -159,6 +173,7 @@ class ObjectiveConfig:
     lpips_weights: str = ""
     huber_c: float = 0.001
     target_ema: float = 0.0
+    shared_noise: float = 0.0
     ct_start: int = 2
 
     @property
@@ -186,12 +201,14 @@ class AdversarialConfig:
             called with it.
         factory: `package.module:name` or `folder/file.py:name` of a function that returns a module which turns pictures
             (N, 3, H, W) in [-1, 1] into a map (N, C, h, w) or several, with gradients.
-        crop: side of a square, in latents, drawn anew for every sample, that is decoded instead of the whole; 0: the whole.
+        crop: side of a square, in latents, drawn anew for every sample and the same in all frames of a clip, that
+            is decoded instead of the whole; 0: the whole.
         learning_rate: of the critic, constant.
         cadence: `together`: the student is told the judgement at every step; `alternate`: at odd steps, and the critic learns
             at even ones. The objective's own loss is there at all of them.
         critic_every: `together`, steps from one update of the critic to the next.
-        heads: for each map.
+        heads: for each map; of clips they see frame by frame.
+        temporal_heads: further ones for each map that see the frames of a clip together; pictures have none.
         width: of a head, a multiple of 8.
     """
 
@@ -205,6 +222,7 @@ class AdversarialConfig:
     cadence: Literal["together", "alternate"] = "together"
     critic_every: int = 1
     heads: int = 4
+    temporal_heads: int = 2
     width: int = 64
 
     def check(self) -> None:
@@ -217,6 +235,8 @@ class AdversarialConfig:
             raise ValueError(f"adversarial.weight must be 0 (no critic) or more; got {self.weight}.")
         if self.width <= 0 or self.width % 8:
             raise ValueError(f"adversarial.width must be a positive multiple of 8; got {self.width}.")
+        if self.temporal_heads < 0:
+            raise ValueError(f"adversarial.temporal_heads must be 0 (none) or more; got {self.temporal_heads}.")
         if self.crop < 0:
             raise ValueError(f"adversarial.crop must be 0 (whole pictures) or a number of latents; got {self.crop}.")
         if self.cadence == "alternate" and self.critic_every != 1:
@@ -354,6 +374,7 @@ class TrainConfig:
             raise ValueError(f"output must end in .safetensors; got {self.output!r}.")
         if self.trainable == "unet" and self.lora.init_adapter:
             raise ValueError("lora.init_adapter goes on from an adapter, and trainable: unet has none. Set trainable: lora.")
+        self._check_video()
         if self.objective.name == "lcm" and self.objective.num_phases != 1:
             raise ValueError(f"objective lcm has one phase; got num_phases={self.objective.num_phases}.")
         if self.objective.name == "ct" and self.objective.guidance_scale != 1:
@@ -384,6 +405,7 @@ class TrainConfig:
             "data.caption_dropout": self.data.caption_dropout,
             "data.max_bad_share": self.data.max_bad_share,
             "objective.target_ema": self.objective.target_ema,
+            "objective.shared_noise": self.objective.shared_noise,
         }
         for name, value in shares.items():
             if not 0 <= value <= 1:
@@ -431,6 +453,34 @@ class TrainConfig:
             raise ValueError(
                 f"objective.phase_edges {self.objective.phase_edges} are of {self.grids(1000)[-1].num_phases} phases, and "
                 f"objective.num_phases is {self.objective.num_phases}."
+            )
+
+    def _check_video(self) -> None:
+        """What only a video model has, and what one has not."""
+        video_only = {
+            "model.motion_adapter": self.model.motion_adapter,
+            "model.image_adapter": self.model.image_adapter,
+            "objective.shared_noise": self.objective.shared_noise,
+            "lora.parts": "" if self.lora.parts == "all" else self.lora.parts,
+        }
+        if self.model.family != "animatediff":
+            for name, value in video_only.items():
+                if value:
+                    raise ValueError(f"{name} is for model.family animatediff; got {value!r} with {self.model.family}.")
+            return
+        if not self.model.motion_adapter:
+            raise ValueError(
+                "model.family animatediff needs model.motion_adapter: a diffusers MotionAdapter folder or hub id, such as "
+                "guoyww/animatediff-motion-adapter-v1-5-3, or a .safetensors file in AnimateDiff's own layout."
+            )
+        if self.lora.dora:
+            raise ValueError(
+                "lora.dora: AnimateDiff's layout of motion LoRAs has no place for DoRA's magnitudes. Set it to false."
+            )
+        if self.trainable == "unet" and self.model.image_adapter:
+            raise ValueError(
+                "model.image_adapter lies beneath an adapter, and trainable: unet has none. Set trainable: lora, or merge it "
+                "into teacher and student with model.teacher_loras."
             )
 
     def grids(self, num_train_timesteps: int) -> list[PhaseGrid]:

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from .backbones import Backbone, Conditioning
 from .backbones.conditioning import joined
+from .clips import batch_as_frames, frames_as_batch
 from .config import AdversarialConfig
 from .distances import load_lpips
 from .local_weights import call_factory
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from .objectives import ConsistencyObjective, Landing
 
 Maps = list[torch.Tensor]
-"""Feature maps, (N, C, h, w) each."""
+"""Feature maps, (N, C, h, w) each, of clips (N, C, F, h, w)."""
 
 
 class Features(Protocol):
@@ -113,7 +114,7 @@ class TeacherFeatures:
         level = draw_level(landing.stop, objective, generator)
         noise = torch.randn(landed.shape, generator=generator).to(landed.device)
         both = torch.cat([landed, landing.target])
-        shown = renoised(both, objective, landing.stop.repeat(2), level.repeat(2), noise.repeat(2, 1, 1, 1))
+        shown = renoised(both, objective, landing.stop.repeat(2), level.repeat(2), torch.cat([noise, noise]))
         return self.read(shown, objective.levels.timesteps[level].repeat(2), joined(conditioning, conditioning))
 
     def read(self, sample: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> Maps:
@@ -129,7 +130,7 @@ class TeacherFeatures:
         finally:
             for handle in handles:
                 handle.remove()
-        return found
+        return [batch_as_frames(feature, len(sample)) for feature in found] if sample.ndim == 5 else found
 
 
 def draw_level(stop: torch.Tensor, objective: ConsistencyObjective, generator: torch.Generator) -> torch.Tensor:
@@ -152,6 +153,8 @@ def renoised(
 
 class PictureFeatures:
     """Pictures that the points imply, decoded by the frozen VAE, in the maps of a network; it is not told the prompt.
+
+    The network sees clips frame by frame.
 
     Args:
         backbone: its VAE decodes.
@@ -185,7 +188,8 @@ class PictureFeatures:
 
         def maps(point: torch.Tensor) -> Maps:
             latents = cropped(implied_x0(point, landing, objective), self.crop, corners)
-            return as_maps(self.network(self.backbone.decode_latents(latents)))
+            found = as_maps(self.network(frames_as_batch(self.backbone.decode_latents(latents))))
+            return [batch_as_frames(x, len(point)) for x in found] if point.ndim == 5 else found
 
         ours = maps(landed)
         with torch.no_grad():  # a decoder's activations are large, and only the student's are needed
@@ -199,7 +203,7 @@ def implied_x0(point: torch.Tensor, landing: Landing, objective: ConsistencyObje
     x_0 = (sigma_n x_s - sigma_s x_n) / (sigma_n alpha_s - sigma_s alpha_n); a jump goes down, so the denominator is above 0.
 
     Args:
-        point: x_s, (B, 4, h, w).
+        point: x_s, (B, 4, h, w), of clips (B, 4, F, h, w).
         landing: says n, x_n and s.
         objective: whose levels they are.
     """
@@ -208,17 +212,17 @@ def implied_x0(point: torch.Tensor, landing: Landing, objective: ConsistencyObje
 
 
 def draw_corners(shape: Sequence[int], side: int, generator: torch.Generator) -> list[tuple[int, int]]:
-    """Top left corners of squares in latents of shape (B, 4, h, w), uniform; (0, 0) along sides that are seen whole."""
-    count, _, *sides = shape
-    drawn = [torch.randint(0, max(length - (side or length), 0) + 1, (count,), generator=generator) for length in sides]
+    """Top left corners of squares in latents (B, 4, h, w) or (B, 4, F, h, w), uniform; (0, 0) along sides seen whole."""
+    most = [max(length - (side or length), 0) for length in shape[-2:]]
+    drawn = [torch.randint(0, last + 1, shape[:1], generator=generator) for last in most]
     return [(int(top), int(left)) for top, left in zip(*drawn, strict=True)]
 
 
 def cropped(latents: torch.Tensor, side: int, corners: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """A square of each, (B, 4, side, side); shorter sides whole. The latents themselves if `side` is 0."""
+    """A square of each, the same in all frames of a clip; shorter sides whole. The latents themselves if `side` is 0."""
     if not side:
         return latents
-    return torch.stack([x[:, top : top + side, left : left + side] for x, (top, left) in zip(latents, corners, strict=True)])
+    return torch.stack([x[..., top : top + side, left : left + side] for x, (top, left) in zip(latents, corners, strict=True)])
 
 
 Network = Callable[[torch.Tensor], Any]

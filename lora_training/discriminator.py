@@ -1,6 +1,7 @@
 """The adversarial consistency loss (arXiv 2405.18407, section 3.3): a critic tells where students land from where they should.
 
 "Real" is the consistency target, not data. Heads judge both points by frozen features of them: `critic_features.py` says which.
+Of clips some heads see frames one by one, and some all of them together.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .backbones import Backbone, Conditioning
+from .clips import frames_as_batch
 from .config import AdversarialConfig
 from .critic_features import Features, PictureFeatures, TeacherFeatures
 
@@ -43,14 +45,35 @@ def head(channels: int, width: int, halvings: int = 0) -> nn.Sequential:
         width: inside, a multiple of 8.
         halvings: strided convolutions to begin with, each wider than the one before: a patch critic (arXiv 1611.07004).
     """
+    return nn.Sequential(*_beginning(channels, width, halvings), Residual(width), nn.Conv2d(width, 1, 1))
+
+
+def temporal_head(channels: int, width: int, halvings: int = 0) -> nn.Sequential:
+    """A judge of one map of clips that looks along frames: (N, channels, F, h, w) -> logits (N, 1, F, h, w); see `head`."""
+    return nn.Sequential(
+        *_beginning(channels, width, halvings, of_clips=True),
+        nn.Conv3d(width, width, (3, 1, 1), padding=(1, 0, 0)), nn.GroupNorm(8, width), nn.LeakyReLU(0.2),
+        nn.Conv3d(width, 1, 1),
+    )  # fmt: skip
+
+
+def _beginning(channels: int, width: int, halvings: int, of_clips: bool = False) -> list[nn.Module]:
+    """What heads have in common: a map of `width` channels, of each frame by itself."""
+
+    def convolution(before: int, after: int, side: int, stride: int = 1) -> nn.Module:
+        pad = side // 2
+        if of_clips:
+            return nn.Conv3d(before, after, (1, side, side), stride=(1, stride, stride), padding=(0, pad, pad))
+        return nn.Conv2d(before, after, side, stride=stride, padding=pad)
+
     if not halvings:
-        begin = [nn.Conv2d(channels, width, 1), nn.GroupNorm(8, width), nn.LeakyReLU(0.2)]
-    else:  # the first without a norm, which would take a picture's colour from it
-        widths = [8 * max(1, width // 8 >> k) for k in reversed(range(halvings))]
-        begin = [nn.Conv2d(channels, widths[0], 3, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        for before, after in pairwise(widths):
-            begin += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after), nn.LeakyReLU(0.2)]
-    return nn.Sequential(*begin, Residual(width), nn.Conv2d(width, 1, 1))
+        return [convolution(channels, width, 1), nn.GroupNorm(8, width), nn.LeakyReLU(0.2)]
+    # the first without a norm, which would take a picture's colour from it
+    widths = [8 * max(1, width // 8 >> k) for k in reversed(range(halvings))]
+    begin = [convolution(channels, widths[0], 3, stride=2), nn.LeakyReLU(0.2)]
+    for before, after in pairwise(widths):
+        begin += [convolution(before, after, 3, stride=2), nn.GroupNorm(8, after), nn.LeakyReLU(0.2)]
+    return begin
 
 
 class Critic(nn.Module):
@@ -60,17 +83,27 @@ class Critic(nn.Module):
         channels: of the maps.
         heads: for each map.
         width, halvings: of a head.
+        temporal_heads: further ones for each map, of clips.
     """
 
-    def __init__(self, channels: Sequence[int], heads: int, width: int, halvings: int = 0):
+    def __init__(self, channels: Sequence[int], heads: int, width: int, halvings: int = 0, temporal_heads: int = 0):
         super().__init__()
-        self.heads_a_map = heads
+        self.heads_a_map, self.temporal_heads_a_map = heads, temporal_heads
         self.heads = nn.ModuleList(head(c, width, halvings) for c in channels for _ in range(heads))
+        self.temporal_heads = nn.ModuleList(temporal_head(c, width, halvings) for c in channels for _ in range(temporal_heads))
 
     def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Logits (N, J), each a mean over places."""
-        shown = [feature.float() for feature in features for _ in range(self.heads_a_map)]
-        return torch.stack([judge(x).mean(dim=(1, 2, 3)) for judge, x in zip(self.heads, shown, strict=True)], dim=1)
+        """Logits (N, J), each a mean over places, and of clips over frames."""
+        whole = [feature.float() for feature in features]
+        frames = [frames_as_batch(x) for x in whole]
+        logits = [judge(x) for judge, x in zip(self.heads, _each(frames, self.heads_a_map), strict=True)]
+        along = _each(whole, self.temporal_heads_a_map)
+        logits += [judge(x) for judge, x in zip(self.temporal_heads, along, strict=True)]
+        return torch.stack([logit.reshape(len(whole[0]), -1).mean(dim=1) for logit in logits], dim=1)
+
+
+def _each(values: Sequence[torch.Tensor], times: int) -> list[torch.Tensor]:
+    return [value for value in values for _ in range(times)]
 
 
 def hinge(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
@@ -98,10 +131,12 @@ class AdversarialLoss:
         self.config = config
         in_pixels = config.space == "pixel"
         self.features: Features = PictureFeatures(backbone, config, resolution) if in_pixels else TeacherFeatures(backbone)
+        self.temporal_heads = config.temporal_heads if backbone.sample_dimensions == 5 else 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            critic = Critic(self.features.channels, config.heads, config.width, self.features.halvings)
-        self.critic = critic.to(backbone.unet.device)
+            self.critic = Critic(
+                self.features.channels, config.heads, config.width, self.features.halvings, self.temporal_heads
+            ).to(backbone.unet.device)
         self.step = 0  # of the run; the loop sets it
 
     @property
@@ -115,7 +150,8 @@ class AdversarialLoss:
         part = f" of {config.crop} latents a side" if config.crop else ""
         where = f"pixels ({config.network}){part}" if config.space == "pixel" else "latents"
         often = "at every second step" if config.cadence == "alternate" else f"at one step of {config.critic_every}"
-        return f"in {where}: {config.heads} head(s) on each of {maps} map(s), learning {often}"
+        along = f" and {self.temporal_heads} along frames" if self.temporal_heads else ""
+        return f"in {where}: {config.heads} head(s){along} on each of {maps} map(s), learning {often}"
 
     @property
     def turns(self) -> tuple[bool, bool]:

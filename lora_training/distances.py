@@ -10,10 +10,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model
 
 from .backbones import Backbone
+from .clips import frames_as_batch
 from .config import ObjectiveConfig
 from .local_weights import library, local_file
 
-# landed and target (B, 4, h, w), alpha (B, 1, 1, 1) of the edge that both are at -> scalar
+# landed and target (B, 4, h, w) or (B, 4, F, h, w), alpha (B, 1, ...) of the edge that both are at -> scalar
 Distance = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -48,10 +49,13 @@ def _lpips(config: ObjectiveConfig, backbone: Backbone) -> Distance:
     network = load_lpips(config.lpips_weights, "objective.lpips_weights")
     network.to(backbone.unet.device)
 
+    def pictures(sample: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+        return frames_as_batch(backbone.decode_latents(sample / alpha))
+
     def distance(landed: torch.Tensor, target: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            there = backbone.decode_latents(target / alpha)
-        return network(backbone.decode_latents(landed / alpha), there).mean()
+            there = pictures(target, alpha)
+        return network(pictures(landed, alpha), there).mean()
 
     return distance
 

@@ -38,7 +38,7 @@ from .optimizers import build_optimizer, learning_rate
 from .randomness import generator_of, seed_of
 from .sharding import shard_mesh
 from .students import build_student
-from .validation import draw_sheet, fixed_loss
+from .validation import draw_sheet, fixed_loss, latent_shape
 
 # What may change between a run and its continuation.
 _NOT_IDENTITY = (
@@ -87,14 +87,14 @@ class Run:
             part.to(self.accelerator.device)
         self.critic = self._build_critic()  # before pictures are encoded: it may lack weights
         self.data = self._load_data()
+        self.latent_shape = latent_shape(self.data.fixed)
+        self.backbone.check_sample(self.latent_shape)
         self.grids = config.grids(self.backbone.num_train_timesteps)
         if not on_cpu:  # where memory is short, and every operation takes half precision
             self.backbone.unet.to(DTYPES[config.mixed_precision])
         self.student = build_student(self.backbone, config, self.mesh)
         if config.gradient_checkpointing:
-            self.backbone.vae.enable_gradient_checkpointing()
-            self.backbone.unet.enable_gradient_checkpointing()
-            self.backbone.unet.train()  # diffusers checkpoints in training mode only
+            self.backbone.enable_gradient_checkpointing()
         if config.compile:
             for unet in self.student.unets:
                 unet.compile_repeated_blocks(dynamic=config.data.aspect_buckets or None)
@@ -245,7 +245,7 @@ class Run:
             shown["skipped"] = str(bad)
         if rate:
             samples = config.batch_size * config.gradient_accumulation * self.accelerator.num_processes
-            shown["images/s"] = f"{rate * samples:.1f}"
+            shown["clips/s" if len(self.latent_shape) == 4 else "images/s"] = f"{rate * samples:.1f}"
         on_gpu = torch.cuda.is_available()
         memory = torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
         return shown | {"memory": f"{memory / 2**30:.1f}GiB"}
@@ -279,7 +279,7 @@ class Run:
         prompts = config.validation.prompts or self.data.captions[:4]
         loss = fixed_loss(self.objectives[-1], self.data.fixed, config.optimizer.batch_size, config.validation.seed)
         with self.accelerator.autocast():
-            sheet = draw_sheet(self.backbone, self.grid, config.validation, prompts, self.data.largest_bucket, self.eta)
+            sheet = draw_sheet(self.backbone, self.grid, config.validation, prompts, self.latent_shape, self.eta)
         if not main:
             return
         sheet.save(self.folder / "samples" / f"step-{step:08d}.png")
@@ -312,6 +312,7 @@ class Run:
             guidance_scale=config.sampling.guidance_scale,
             num_inference_steps=config.sampling.num_inference_steps,
             eta=self.eta,
+            **backbone.betas,
         )
         extra = {"pcm_trainer.version": __version__, "pcm_trainer.config": json.dumps(_without_folders(asdict(config)))}
         self.student.write(self.output, state, settings, config.title, extra)

@@ -8,8 +8,8 @@ from pcm_scheduler.lora_file import AdapterSettings
 
 from .config import TrainConfig
 
-_TAGS = {"sd15": "stable-diffusion", "sdxl": "stable-diffusion-xl"}
-_PIPELINES = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
+_TAGS = {"sd15": "stable-diffusion", "sdxl": "stable-diffusion-xl", "animatediff": "animatediff"}
+_PIPELINES = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline", "animatediff": "AnimateDiffPipeline"}
 
 
 def model_card(config: TrainConfig, settings: AdapterSettings, data: str, sample: str) -> str:
@@ -30,6 +30,15 @@ def model_card(config: TrainConfig, settings: AdapterSettings, data: str, sample
     whole = config.trainable == "unet"
     kind, loader = ("UNet", "load_pcm_unet") if whole else (f"adapter of rank {config.lora.rank}", "load_pcm_lora")
     front += ["tags:", *([] if whole else ["- lora"]), "- phased-consistency", f"- {_TAGS[settings.base_model]}", "---"]
+    pipeline, arguments, result = _PIPELINES[settings.base_model], "", "image = pipe({}).images[0]"
+    imported = pipeline
+    if settings.base_model == "animatediff":
+        motion = config.model.motion_adapter if not Path(config.model.motion_adapter).exists() else "the motion adapter"
+        imported = f"{pipeline}, MotionAdapter"
+        arguments = f', motion_adapter=MotionAdapter.from_pretrained("{motion}")'
+        result = "frames = pipe({}).frames[0]"
+    drawn = result.format(f'"...", {call}{eta}')
+    betas = f", {settings.beta_schedule} betas" if settings.beta_schedule else ""
     return (
         "\n".join(front)
         + f"""
@@ -40,15 +49,15 @@ A {settings.grid.num_phases}-phase consistency {kind} ({settings.base_model}, pr
 {settings.prediction_type}), for {settings.num_inference_steps} steps at guidance {settings.guidance_scale:g}.
 
 ```python
-from diffusers import {_PIPELINES[settings.base_model]}
+from diffusers import {imported}
 from pcm_scheduler import {loader}
 
-pipe = {_PIPELINES[settings.base_model]}.from_pretrained("{base or "the base model"}")
+pipe = {pipeline}.from_pretrained("{base or "the base model"}"{arguments})
 {loader}(pipe, "{name}")
-image = pipe("...", {call}{eta}).images[0]
+{drawn}
 ```
 
-- phase edges {edges}, on {settings.num_solver_steps} solver steps; {settings.num_inference_steps} steps stop at {stops}
+- phase edges {edges}, on {settings.num_solver_steps} solver steps{betas}; {settings.num_inference_steps} steps stop at {stops}
 - trained for {config.optimizer.steps} steps of batch {config.optimizer.batch_size} on {data};
   learning rate {config.optimizer.learning_rate:g}, the teacher's guidance
   {settings.training_guidance_scale:g}, its solver {config.objective.solver}

@@ -27,6 +27,7 @@ from pcm_scheduler.sampling import jump
 
 from .backbones import Backbone, Conditioning
 from .backbones.conditioning import expanded
+from .clips import draw_noise
 from .config import ObjectiveConfig
 from .distances import build_distance
 from .teacher import SOLVERS, Prediction, guided_prediction, levels_of
@@ -42,7 +43,7 @@ class Start:
     Attributes:
         n: points of the solver's grid, (B,).
         edge: of their phases, (B,).
-        latents, noise, sample: x_0, eps and x_n, (B, 4, h, w).
+        latents, noise, sample: x_0, eps and x_n, (B, 4, h, w); of clips (B, 4, F, h, w), here and below.
         teacher: its x_0, guided; None if the objective has none.
     """
 
@@ -103,7 +104,7 @@ def all_the_way(objective: ConsistencyObjective, start: Start, below: torch.Tens
     for _ in range(-(-objective.longest_phase // skip)):
         to = torch.maximum(at - skip, below)
         stepped = objective.solver(start.teacher, objective.levels, sample, at, to)
-        sample = torch.where((at == to).view(-1, 1, 1, 1), sample, stepped)
+        sample = torch.where(objective.levels.per_sample(at == to), sample, stepped)
         at = to
     return sample
 
@@ -188,7 +189,7 @@ class ConsistencyObjective:
         output = self.backbone.predict(sample, self.levels.timesteps[n], conditioning)
         x0, _ = predict_x0_and_epsilon(output, sample, alpha, sigma, self.backbone.prediction_type)
         landed = jump(sample, x0, alpha, sigma, *self.levels(stop))
-        return torch.where((n == stop).view(-1, 1, 1, 1), sample, landed)
+        return torch.where(self.levels.per_sample(n == stop), sample, landed)
 
     def draw_guidance(self, batch: int, generator: torch.Generator) -> torch.Tensor:
         """g of every sample, (batch,), uniform in the configured range; on the CPU."""
@@ -206,7 +207,7 @@ class ConsistencyObjective:
         """A batch of jumps; arguments as of `__call__`."""
         batch, device, kind = len(latents), latents.device, self.kind
         n = torch.randint(1, self.grid.num_solver_steps + 1, (batch,), generator=generator).to(device)
-        noise = torch.randn(latents.shape, generator=generator).to(device)
+        noise = draw_noise(latents.shape, self.config.shared_noise, generator).to(device)
         edge = self.grid.target(n)
         alpha, sigma = self.levels(n)
         sample = alpha * latents + sigma * noise

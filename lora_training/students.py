@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import copy
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models import UNetMotionModel
 from peft import LoraConfig as PeftLoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 
-from pcm_scheduler.lora_file import AdapterSettings, differing_shapes, read_adapter, write_adapter
+from pcm_scheduler.lora_file import (
+    AdapterSettings,
+    adapter_tensors,
+    differing_shapes,
+    read_adapter,
+    read_lora,
+    read_whole_lora,
+    write_video_adapter,
+)
+from pcm_scheduler.lora_layouts import LoraTensors, dotted_name, is_motion, stacked, to_diffusers
 from pcm_scheduler.unet_file import write_unet
 
 from .backbones import Backbone
@@ -23,6 +35,17 @@ from .config import LoraConfig, TrainConfig
 from .sharding import shard, whole
 
 STUDENT, TARGET = "student", "target"  # PEFT's names of the adapter and of its running average
+IMAGE = "image"  # and of the frozen one of the image model beneath them
+
+UNet: TypeAlias = UNet2DConditionModel | UNetMotionModel
+PARTS: dict[str, Callable[[str], bool]] = {
+    "all": lambda name: True,
+    "spatial": lambda name: not is_motion(name),
+    "motion": is_motion,
+}
+"""`lora.parts`, and which of a UNet's modules they are."""
+
+_MOTION_PROJECTIONS = ("proj_in", "proj_out")  # diffusers (0.42) calls them with `input=`, which PEFT's layers do not take
 
 
 def build_student(backbone: Backbone, config: TrainConfig, mesh: DeviceMesh | None = None) -> Student:
@@ -41,9 +64,9 @@ def build_student(backbone: Backbone, config: TrainConfig, mesh: DeviceMesh | No
     if config.trainable == "unet":
         student = WholeUNet(backbone, averaged)
     else:
-        student = adapter = Adapter(backbone, config.lora, config.seed, averaged)
+        student = adapter = Adapter(backbone, config.lora, config.seed, averaged, config.model.image_adapter)
         if config.lora.init_adapter:
-            adapter.load(read_adapter(config.lora.init_adapter, adapter.alphas()))
+            adapter.load(config.lora.init_adapter)
             adapter.update_target(decay=0.0)
     if mesh is not None:
         student.shard(mesh)
@@ -79,7 +102,7 @@ class Student(ABC):
 
     @property
     @abstractmethod
-    def unets(self) -> tuple[UNet2DConditionModel, ...]:
+    def unets(self) -> tuple[UNet, ...]:
         """Every network that a step runs, the student's own first."""
 
     @abstractmethod
@@ -113,15 +136,23 @@ class Adapter(Student):
         config: rank, alpha, dropout, targets.
         seed: of the initial weights.
         averaged: keep a second adapter, a running average of the first, for `target`.
+        image_adapter: a LoRA file that student and target have beneath what is trained, frozen; the teacher has it not.
+
+    Raises:
+        ValueError: no module is adapted, or an image adapter that does not fit.
     """
 
-    def __init__(self, backbone: Backbone, config: LoraConfig, seed: int, averaged: bool = False):
+    def __init__(
+        self, backbone: Backbone, config: LoraConfig, seed: int, averaged: bool = False, image_adapter: str | Path = ""
+    ):
         self.unet = backbone.unet
+        modules = adapted_modules(self.unet, config)
+        self.image = load_image_adapter(self.unet, image_adapter) if image_adapter else None
         peft_config = PeftLoraConfig(
             r=config.rank,
             lora_alpha=config.rank if config.alpha is None else config.alpha,
             lora_dropout=config.dropout,
-            target_modules=list(config.target_names),
+            target_modules=modules,
             use_dora=config.dora,
             init_lora_weights=True,
         )
@@ -129,7 +160,7 @@ class Adapter(Student):
             torch.manual_seed(seed)
             for name in (STUDENT, TARGET) if averaged else (STUDENT,):
                 self.unet.add_adapter(peft_config, adapter_name=name)
-        self.unet.set_adapter(STUDENT)
+        self._activate(STUDENT)
         self._collect_parameters()
         for p in (*self.parameters.values(), *self.target_parameters.values()):
             p.data = p.data.float()  # whatever the frozen weights are: steps are too small for half precision
@@ -142,7 +173,7 @@ class Adapter(Student):
         self.target_parameters = {name.replace(TARGET, STUDENT): p for name, p in every.items() if f".{TARGET}." in name}
 
     @property
-    def unets(self) -> tuple[UNet2DConditionModel, ...]:
+    def unets(self) -> tuple[UNet, ...]:
         return (self.unet,)
 
     @contextmanager
@@ -152,29 +183,44 @@ class Adapter(Student):
             yield
         finally:
             self.unet.enable_adapters()
+            self._freeze_image()
 
     @contextmanager
     def target(self) -> Iterator[None]:
         if not self.target_parameters:
             yield
             return
-        self.unet.set_adapter(TARGET)
+        self._activate(TARGET)
         try:
             yield
         finally:
-            self.unet.set_adapter(STUDENT)
+            self._activate(STUDENT)
+
+    def _activate(self, name: str) -> None:
+        self.unet.set_adapter([IMAGE, name] if self.image else name)
+        self._freeze_image()
+
+    def _freeze_image(self) -> None:
+        """PEFT makes every adapter that is switched on trainable."""
+        if self.image:
+            for name, p in self.unet.named_parameters():
+                if f".{IMAGE}." in name:
+                    p.requires_grad_(False)
 
     def state(self) -> dict[str, torch.Tensor]:
         """The adapter's tensors under PEFT's names."""
         return {name: whole(p) for name, p in get_peft_model_state_dict(self.unet, adapter_name=STUDENT).items()}
 
-    def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        """The reverse of `state`.
+    def load(self, path: str) -> None:
+        """Go on from an adapter file. One of the image model alone leaves motion modules as they are.
 
         Raises:
             ValueError: tensors that the adapter has not, or has in another shape; which ones.
         """
+        parts = set(map(is_motion, read_lora(path).modules))
         state = self.state()
+        alphas = {module: alpha for module, alpha in self.alphas().items() if is_motion(module) in parts}
+        tensors = state | read_adapter(path, alphas)
         different = differing_shapes(state, tensors)
         if different:
             name, (ours, theirs) = next(iter(different.items()))
@@ -187,15 +233,57 @@ class Adapter(Student):
 
     def alphas(self) -> dict[str, float]:
         """lora_alpha of each adapted module path."""
-        return {n: m.lora_alpha[STUDENT] for n, m in self.unet.named_modules() if isinstance(m, LoraLayer)}
+        layers = ((name, m) for name, m in self.unet.named_modules() if isinstance(m, LoraLayer))
+        return {name: layer.lora_alpha[STUDENT] for name, layer in layers if STUDENT in layer.lora_alpha}
 
     def write(
         self, path: Path, state: Mapping[str, torch.Tensor], settings: AdapterSettings, title: str, extra: Mapping[str, str]
     ) -> None:
-        write_adapter(path, state, self.alphas(), settings, title, extra)
+        lora = adapter_tensors(state, self.alphas())
+        write_video_adapter(path, stacked(self.image, lora) if self.image else lora, settings, title, extra)
 
     def describe(self) -> str:
-        return f"an adapter on {len(self.alphas())} modules"
+        beneath = f" over a frozen one on {len(self.image.modules)}" if self.image else ""
+        return f"an adapter on {len(self.alphas())} modules{beneath}"
+
+
+def adapted_modules(unet: UNet, config: LoraConfig) -> list[str]:
+    """The modules of `lora.parts` whose names end as `lora.targets` says.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = [
+        name
+        for name, _ in unet.named_modules()
+        if PARTS[config.parts](name)
+        and any(f".{name}".endswith(f".{ending}") for ending in config.target_names)
+        and not (is_motion(name) and name.endswith(_MOTION_PROJECTIONS))
+    ]
+    if not found:
+        raise ValueError(f"lora.parts {config.parts} has no module that is named as lora.targets says: {config.target_names}.")
+    return found
+
+
+def load_image_adapter(unet: UNet, path: str | Path) -> LoraTensors:
+    """Put a LoRA file into the UNet as PEFT's adapter `IMAGE`; returns what it holds.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no LoRA of this UNet's, or one with DoRA magnitudes, which no file of a video adapter holds.
+    """
+    lora = read_whole_lora(path)
+    if lora.has_magnitudes:
+        raise ValueError(f"model.image_adapter {path} is a DoRA, to which no further adapter adds. Train it without lora.dora.")
+    known = {name for name, _ in unet.named_modules()}
+    strange = sorted(name for name in lora.modules if dotted_name(name) not in known)
+    if strange:
+        raise ValueError(
+            f"model.image_adapter {path} has {len(strange)} modules that this model has not, such as {strange[0]}."
+        )
+    tensors, metadata = to_diffusers(lora)
+    unet.load_lora_adapter(tensors, prefix="unet", adapter_name=IMAGE, metadata=json.loads(metadata))
+    return lora
 
 
 class WholeUNet(Student):
@@ -220,11 +308,11 @@ class WholeUNet(Student):
         self.target_parameters = {} if self._target is student else dict(self._target.named_parameters())
 
     @property
-    def unets(self) -> tuple[UNet2DConditionModel, ...]:
+    def unets(self) -> tuple[UNet, ...]:
         return tuple({id(unet): unet for unet in (self.backbone.unet, self._target, self._teacher)}.values())
 
     @contextmanager
-    def _instead(self, unet: UNet2DConditionModel) -> Iterator[None]:
+    def _instead(self, unet: UNet) -> Iterator[None]:
         student, self.backbone.unet = self.backbone.unet, unet
         try:
             yield

@@ -17,25 +17,34 @@ from .backbones.conditioning import joined
 
 @dataclass(frozen=True)
 class Levels:
-    """The schedule on the solver's grid tau_0..tau_N: timesteps, alphas and sigmas, (N + 1,) each, on one device."""
+    """The schedule on the solver's grid tau_0..tau_N: timesteps, alphas and sigmas, (N + 1,) each, on one device.
+
+    Samples have `dimensions`: 4 of pictures, 5 of clips.
+    """
 
     timesteps: torch.Tensor
     alphas: torch.Tensor
     sigmas: torch.Tensor
+    dimensions: int = 4
 
     def __call__(self, n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """alpha and sigma at points n (B,), as (B, 1, 1, 1)."""
-        return self.alphas[n].view(-1, 1, 1, 1), self.sigmas[n].view(-1, 1, 1, 1)
+        """alpha and sigma at points n (B,), as (B, 1, ...)."""
+        return self.per_sample(self.alphas[n]), self.per_sample(self.sigmas[n])
+
+    def per_sample(self, values: torch.Tensor) -> torch.Tensor:
+        """One value a sample, (B,), as (B, 1, ...), which broadcasts against samples."""
+        return values.view(-1, *(1,) * (self.dimensions - 1))
 
 
 def levels_of(backbone: Backbone, grid: PhaseGrid) -> Levels:
     """The model's schedule on the points of a grid, where the model is, in float32."""
     stops, device = torch.tensor(grid.timesteps), backbone.unet.device
-    return Levels(stops.to(device), backbone.alphas[stops].float().to(device), backbone.sigmas[stops].float().to(device))
+    alphas, sigmas = backbone.alphas[stops].float(), backbone.sigmas[stops].float()
+    return Levels(stops.to(device), alphas.to(device), sigmas.to(device), backbone.sample_dimensions)
 
 
 Prediction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""x_0 (B, 4, h, w), float32, from (x_n, n)."""
+"""x_0, float32, in the shape of x_n, from (x_n, n)."""
 
 
 def guided_prediction(
@@ -55,7 +64,7 @@ def guided_prediction(
         guidance_scale: g, (B,), all of them 1 or none; 1 skips the unguided half.
     """
     unguided_only = bool((guidance_scale == 1).all())  # on the CPU: no synchronisation
-    g = guidance_scale.to(levels.alphas.device).view(-1, 1, 1, 1)
+    g = levels.per_sample(guidance_scale.to(levels.alphas.device))
     told = conditioning if unguided_only else joined(empty, conditioning)
 
     @torch.no_grad()
@@ -65,7 +74,7 @@ def guided_prediction(
             if unguided_only:
                 output = backbone.predict(sample, timestep, told).float()
             else:
-                both = backbone.predict(sample.repeat(2, 1, 1, 1), timestep.repeat(2), told).float()
+                both = backbone.predict(torch.cat([sample, sample]), timestep.repeat(2), told).float()
                 unguided, guided = both.chunk(2)
                 output = unguided + g * (guided - unguided)
         return predict_x0_and_epsilon(output, sample, *levels(n), backbone.prediction_type)[0]

@@ -28,7 +28,7 @@ class Sheet:
     """Pictures of the same prompts and noise, a row for every (steps, guidance)."""
 
     rows: tuple[tuple[int, float], ...]
-    latents: torch.Tensor  # (rows, prompts, 4, h, w)
+    latents: torch.Tensor  # (rows, prompts, 4, h, w), of clips (rows, prompts, 4, F, h, w)
     pictures: tuple[tuple[Image.Image, ...], ...]
 
     def save(self, path: Path) -> None:
@@ -72,9 +72,14 @@ def _whole_pipeline(backbone: Backbone) -> Iterator[None]:
             part.to(home)
 
 
+def latent_shape(data: TrainingData) -> tuple[int, ...]:
+    """Of one sample's latents in the largest bucket, (4, h, w) or (4, F, h, w)."""
+    return tuple(data.buckets[data.largest_bucket].parts[0].tensors["latent_means"].shape[2:])
+
+
 @torch.no_grad()
 def draw_sheet(
-    backbone: Backbone, grid: PhaseGrid, config: ValidationConfig, prompts: Sequence[str], size: tuple[int, int], eta: float
+    backbone: Backbone, grid: PhaseGrid, config: ValidationConfig, prompts: Sequence[str], shape: tuple[int, ...], eta: float
 ) -> Sheet:
     """The student's pictures through the family's own pipeline.
 
@@ -83,7 +88,7 @@ def draw_sheet(
         grid: sampled on.
         config: steps, guidance scales, seed.
         prompts: one column each.
-        size: (height, width) in pixels.
+        shape: of one sample's latents, (4, h, w) or (4, F, h, w).
         eta: of the sampler.
     """
     pipe, before = backbone.pipe, backbone.pipe.scheduler
@@ -91,21 +96,19 @@ def draw_sheet(
         before.config, num_solver_steps=grid.num_solver_steps, phase_edges=list(grid.edges), num_phases=grid.num_phases
     )
     pipe.set_progress_bar_config(disable=True)
-    shape = (4, size[0] // backbone.latent_scale, size[1] // backbone.latent_scale)
+    height, width = (side * backbone.latent_scale for side in shape[-2:])
     noise = torch.stack([torch.randn(shape, generator=generator_of(config.seed, i)) for i in range(len(prompts))])
     rows = tuple((steps, guidance) for guidance in config.guidance_scales for steps in config.steps)
     latents, pictures = [], []
     try:
         with _whole_pipeline(backbone):
             for steps, guidance in rows:
-                row = pipe(
-                    prompt=list(prompts), latents=noise.to(backbone.unet.device), height=size[0], width=size[1],
-                    num_inference_steps=steps, guidance_scale=guidance, eta=eta,
-                    generator=generator_of(config.seed, len(prompts)), output_type="latent",
-                ).images  # fmt: skip
-                decoded = torch.cat([pipe.vae.decode(x[None] / pipe.vae.config.scaling_factor).sample for x in row])
+                row = backbone.sample_latents(
+                    noise.to(backbone.unet.device), prompt=list(prompts), height=height, width=width, eta=eta,
+                    num_inference_steps=steps, guidance_scale=guidance, generator=generator_of(config.seed, len(prompts)),
+                )  # fmt: skip
                 latents.append(row.cpu())
-                pictures.append(tuple(pipe.image_processor.postprocess(decoded.cpu().float())))
+                pictures.append(tuple(backbone.pictures(row)))
     finally:
         pipe.scheduler = before
     return Sheet(rows, torch.stack(latents), tuple(pictures))

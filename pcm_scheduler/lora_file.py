@@ -22,12 +22,27 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .lora_layouts import FORMATS, METADATA_KEY, LoraTensors, dotted_name, sort_tensors, to_diffusers, to_kohya, to_peft
-from .noise_schedule import check_prediction_type
+from .lora_layouts import (
+    FORMATS,
+    METADATA_KEY,
+    LoraTensors,
+    dotted_name,
+    is_motion,
+    sort_tensors,
+    to_animatediff,
+    to_diffusers,
+    to_kohya,
+    to_peft,
+)
+from .noise_schedule import BETA_SCHEDULES, check_prediction_type
 from .phases import PhaseGrid
 from .published import published_name
 
-ARCHITECTURES = {"sd15": "stable-diffusion-v1", "sdxl": "stable-diffusion-xl-v1-base"}
+ARCHITECTURES = {
+    "sd15": "stable-diffusion-v1",
+    "sdxl": "stable-diffusion-xl-v1-base",
+    "animatediff": "stable-diffusion-v1",
+}
 HEADER_PREFIX = "pcm."
 HEADER_VERSION = "1"
 
@@ -37,7 +52,7 @@ class AdapterSettings:
     """How an adapter was trained and how it wants to be sampled.
 
     Attributes:
-        base_model: the family, `sd15` or `sdxl`.
+        base_model: the family, `sd15`, `sdxl` or `animatediff`.
         phase_edges: the trained edges as ascending timesteps, 0 and T - 1 included.
         num_solver_steps: N of the training grid.
         num_train_timesteps: T.
@@ -47,6 +62,8 @@ class AdapterSettings:
         num_inference_steps: recommended steps.
         eta: recommended; 0 deterministic, 1 stochastic as LCM is.
         inferred: guessed from a published file's name or hash instead of stated by who trained it.
+        beta_schedule: of the noise in training, as diffusers names it; None: that of whatever model it is used with.
+        beta_start, beta_end: of that schedule; None: as `beta_schedule`.
     """
 
     base_model: str
@@ -59,9 +76,14 @@ class AdapterSettings:
     num_inference_steps: int = 4
     eta: float = 0.0
     inferred: bool = False
+    beta_schedule: str | None = None
+    beta_start: float | None = None
+    beta_end: float | None = None
 
     def __post_init__(self) -> None:
         check_prediction_type(self.prediction_type)
+        if self.beta_schedule is not None and self.beta_schedule not in BETA_SCHEDULES:
+            raise ValueError(f"Unknown beta_schedule {self.beta_schedule!r}; choose one of {', '.join(BETA_SCHEDULES)}.")
         _ = self.grid  # refuses impossible edges
 
     @property
@@ -72,15 +94,18 @@ class AdapterSettings:
     @property
     def scheduler_config(self) -> dict[str, object]:
         """What `PCMScheduler.from_config` needs to be told."""
+        betas = {name: getattr(self, name) for name in ("beta_schedule", "beta_start", "beta_end")}
+        stated = {name: value for name, value in betas.items() if value is not None}
         return {
             "num_phases": self.grid.num_phases,
             "phase_edges": list(self.grid.edges),
             "num_solver_steps": self.num_solver_steps,
+            **({**stated, "trained_betas": None} if stated else {}),
         }
 
     def to_header(self) -> dict[str, str]:
         """As strings under `pcm.*`, which is all that a safetensors header holds."""
-        values = {name: value for name, value in asdict(self).items() if name != "inferred" or value}
+        values = {name: value for name, value in asdict(self).items() if value is not None and (name != "inferred" or value)}
         values["phase_edges"] = ",".join(map(str, self.phase_edges))
         return {HEADER_PREFIX + "version": HEADER_VERSION} | {HEADER_PREFIX + k: str(v) for k, v in values.items()}
 
@@ -98,6 +123,8 @@ class AdapterSettings:
             "int": int,
             "float": float,
             "str": str,
+            "str | None": str,
+            "float | None": float,
             "bool": lambda v: v == "True",
             "tuple[int, ...]": lambda v: tuple(int(t) for t in v.split(",")),
         }
@@ -178,7 +205,7 @@ def read_lora(path: str | os.PathLike) -> LoraTensors:
         raise ValueError(f"{path} {error}") from error
 
 
-def _whole_lora(path: str | os.PathLike) -> LoraTensors:
+def read_whole_lora(path: str | os.PathLike) -> LoraTensors:
     """`read_lora`, and every tensor of it has its place and its match."""
     lora = read_lora(path)
     if lora.strangers:
@@ -225,6 +252,11 @@ def kohya_state_dict(peft_state_dict: Mapping[str, torch.Tensor], alphas: Mappin
     Raises:
         ValueError: a tensor that is none of the three, or one of a pair that is missing.
     """
+    return to_kohya(adapter_tensors(peft_state_dict, alphas))
+
+
+def adapter_tensors(peft_state_dict: Mapping[str, torch.Tensor], alphas: Mapping[str, float]) -> LoraTensors:
+    """PEFT's LoRA tensors by module, each with its alpha; arguments and errors as of `kohya_state_dict`."""
     lora = sort_tensors(peft_state_dict)
     if lora.strangers:
         raise ValueError(f"{lora.strangers[0]} has no place in a kohya LoRA file; it takes LoRA and DoRA weights only.")
@@ -232,7 +264,7 @@ def kohya_state_dict(peft_state_dict: Mapping[str, torch.Tensor], alphas: Mappin
         raise ValueError(misfit)
     for name, parts in lora.modules.items():
         parts["alpha"] = torch.tensor(float(alphas[lora.path(name)]))
-    return to_kohya(lora)
+    return lora
 
 
 def read_adapter(path: str | os.PathLike, alphas: Mapping[str, float]) -> dict[str, torch.Tensor]:
@@ -246,7 +278,7 @@ def read_adapter(path: str | os.PathLike, alphas: Mapping[str, float]) -> dict[s
         FileNotFoundError: no such file.
         ValueError: not a safetensors file, not a LoRA of these modules, or a pair of matrices that do not fit; what is wrong.
     """
-    lora = _whole_lora(path)
+    lora = read_whole_lora(path)
     names = {module.replace(".", "_") for module in alphas}
     unknown, missing = sorted(lora.modules.keys() - names), sorted(names - lora.modules.keys())
     for what, which in (("has modules that this adapter has not", unknown), ("lacks modules of this adapter", missing)):
@@ -293,15 +325,77 @@ def write_adapter(
         extra: further header entries, e.g. `pcm_trainer.*` of the training configuration.
         dtype: of the stored tensors.
     """
-    path = Path(path)
-    tensors = {k: v.to("cpu", dtype) for k, v in kohya_state_dict(peft_state_dict, alphas).items()}
-    ranks = {t.shape[0] for k, t in tensors.items() if k.endswith(".lora_down.weight")}
+    write_kohya(path, adapter_tensors(peft_state_dict, alphas), settings, title, extra, dtype)
+
+
+def write_kohya(
+    path: str | os.PathLike,
+    lora: LoraTensors,
+    settings: AdapterSettings,
+    title: str,
+    extra: Mapping[str, str] | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> None:
+    """`write_adapter` of tensors that are sorted by module already."""
+    ranks = [parts["down"].shape[0] for parts in lora.modules.values()]
     header = standard_header(settings, title, kind="/lora") | {
         "ss_network_module": "networks.lora",
-        "ss_network_dim": str(max(ranks)) if len(ranks) == 1 else "Dynamic",
-        "ss_network_alpha": str(_only(list(alphas.values()))),
+        "ss_network_dim": str(_only(ranks)),
+        "ss_network_alpha": str(_only([lora.alpha(name) for name in lora.modules])),
     }
-    write_safetensors(tensors, path, {**header, **(extra or {})})
+    write_safetensors(_stored(to_kohya(lora), dtype), path, {**header, **(extra or {})})
+
+
+def _stored(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().to("cpu", dtype) for name, tensor in tensors.items()}
+
+
+def companion(path: str | os.PathLike, part: str) -> Path:
+    """The file beside a video adapter's that holds one part of it, `spatial` or `motion`."""
+    path = Path(path)
+    return path.with_name(f"{path.stem}_{part}{path.suffix}")
+
+
+def write_video_adapter(
+    path: str | os.PathLike,
+    lora: LoraTensors,
+    settings: AdapterSettings,
+    title: str,
+    extra: Mapping[str, str] | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> tuple[Path, ...]:
+    """Write an adapter in the files that its hosts want; each to a temporary name first, then renamed.
+
+    Without motion modules it is the one kohya file of `write_adapter`. With them no file serves all hosts: `path` holds the
+    whole in diffusers' layout, and beside it are what ComfyUI loads, `..._motion` in AnimateDiff's own names for
+    ComfyUI-AnimateDiff-Evolved, and `..._spatial`, if there is any of it, in kohya's.
+
+    Args:
+        path: the `.safetensors` file; its folder is made if missing.
+        lora: all modules, each with its two matrices.
+        settings, title, extra, dtype: as of `write_adapter`.
+
+    Returns:
+        the files written, `path` the first.
+
+    Raises:
+        ValueError: a motion module that AnimateDiff's layout cannot hold.
+    """
+    path = Path(path)
+    motion, spatial = lora.only(is_motion), lora.only(lambda name: not is_motion(name))
+    if not motion.modules:
+        write_kohya(path, lora, settings, title, extra, dtype)
+        return (path,)
+    for_comfyui = _stored(to_animatediff(motion), dtype)  # refuses before anything is written
+    tensors, metadata = to_diffusers(lora)
+    header = standard_header(settings, title, kind="/lora") | dict(extra or {})
+    write_safetensors(_stored(tensors, dtype), path, header | {METADATA_KEY: metadata})
+    motion_header = standard_header(settings, f"{title}: motion modules", kind="/lora") | dict(extra or {})
+    write_safetensors(for_comfyui, companion(path, "motion"), motion_header)
+    if not spatial.modules:
+        return path, companion(path, "motion")
+    write_kohya(companion(path, "spatial"), spatial, settings, f"{title}: spatial layers", extra, dtype)
+    return path, companion(path, "motion"), companion(path, "spatial")
 
 
 def restate(
@@ -341,7 +435,7 @@ def convert_adapter(path: str | os.PathLike, output: str | os.PathLike, to: str)
         raise ValueError(f"There is no format {to!r} to convert to; choose one of {', '.join(FORMATS)}.")
     if Path(output).suffix != ".safetensors":
         raise ValueError(f"Only safetensors files are written; {output} does not end in .safetensors.")
-    lora = _whole_lora(path)
+    lora = read_whole_lora(path)
     try:
         for name in lora.modules:
             dotted_name(name)  # of another model, the new names would mean nothing
@@ -361,6 +455,7 @@ def _usage_hint(settings: AdapterSettings) -> str:
 
 
 def _only(values: Sequence[float]) -> float | str:
+    """The value that all have, or the word for several."""
     return values[0] if len(set(values)) == 1 else "Dynamic"
 
 
@@ -393,7 +488,7 @@ class Inspection:
     """What can be seen in a LoRA file without a model.
 
     Attributes:
-        layouts: one, of `kohya`, `diffusers` and `diffusers-old`; some tools mix two.
+        layouts: one, of `kohya`, `diffusers`, `diffusers-old` and `animatediff`; some tools mix two.
         modules: how many are adapted.
         ranks: of the modules, ascending.
         parameters: numbers in all matrices.
@@ -421,7 +516,7 @@ def inspect_adapter(path: str | os.PathLike) -> Inspection:
     if lora.strangers:
         problems.append(f"{len(lora.strangers)} tensors have no place in a LoRA, such as {lora.strangers[0]}.")
     without_alpha = [name for name, parts in lora.modules.items() if "alpha" not in parts]
-    if without_alpha:
+    if without_alpha and lora.layouts != ("animatediff",):  # which has none: its hosts take every scale as it is
         problems.append(
             f"{len(without_alpha)} modules have no alpha, such as {without_alpha[0]}: hosts take alpha = rank, which is too "
             "strong if it was trained with less."
@@ -457,7 +552,9 @@ def describe(path: str | os.PathLike) -> str:
         f"{path}: {size:.1f} MiB, {found.modules} modules of rank {ranks}, {found.parameters / 1e6:.2f} M parameters",
         f"layout         {' and '.join(found.layouts)}{', with DoRA magnitudes' if found.magnitudes else ''}",
     ]
-    if found.layouts != ("kohya",):
+    if found.layouts == ("animatediff",):
+        lines.append("               motion modules, for ComfyUI-AnimateDiff-Evolved")
+    elif found.layouts != ("kohya",):
         lines.append("               ComfyUI would drop its attention modules: convert it to kohya for that")
     elif found.magnitudes:
         lines += [
@@ -480,6 +577,8 @@ def describe(path: str | os.PathLike) -> str:
             f"{', '.join(map(str, grid.sampling_timesteps(settings.num_inference_steps)))}",
             f"noise          eta {settings.eta:g}: {'deterministic' if settings.eta == 0 else 'drawn anew between steps'}",
         ]
+        if settings.beta_schedule is not None:
+            lines.append(f"betas          {settings.beta_schedule}")
         if not settings.inferred:
             lines.append(f"trained with   guidance {settings.training_guidance_scale:g}")
     lines += [f"PROBLEM        {problem}" for problem in found.problems] or ["It is whole."]

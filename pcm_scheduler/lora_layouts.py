@@ -5,6 +5,8 @@
   `lora_adapter_metadata`.
 - `diffusers-old`: `unet.<module>.lora.down.weight`, `.lora.up.weight`, in attention also `processor.to_q_lora.down.weight`;
   sometimes `.alpha`.
+- `animatediff`: AnimateDiff's own of motion modules, `<block>.motion_modules.N.temporal_transformer.transformer_blocks.M.
+  attention_blocks.{0,1}.processor.to_q_lora.{down,up}.weight`; no alpha, so that scales are folded into the weights.
 
 A module without an alpha acts with alpha = rank, in every host. DoRA magnitudes are one number an output channel: `(out,)`
 here, `(out, 1, ...)` in kohya's files, in PEFT's `(out,)` for a linear module and `(1, out, 1, 1)` for a convolution.
@@ -16,8 +18,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,6 +48,14 @@ _PARTS = {
     "lora_A.weight": "down", "lora_B.weight": "up", "lora.down.weight": "down", "lora.up.weight": "up",
     "lora_magnitude_vector": "magnitude", "lora_magnitude_vector.weight": "magnitude",
 }  # fmt: skip
+
+# AnimateDiff's names of a motion module's parts, and diffusers'.
+_ATTENTION_BLOCKS = {"attention_blocks.0": "attn1", "attention_blocks.1": "attn2"}
+
+
+def is_motion(name: str) -> bool:
+    """Whether a UNet's module, by its path with dots or underscores, is of AnimateDiff's motion modules."""
+    return "motion_modules" in name
 
 
 def dotted_name(underscored: str) -> str:
@@ -91,6 +101,10 @@ class LoraTensors:
         """The stored alpha of a module, or its rank."""
         parts = self.modules[name]
         return float(parts["alpha"]) if "alpha" in parts else float(parts["down"].shape[0])
+
+    def only(self, wanted: Callable[[str], bool]) -> LoraTensors:
+        """The modules of these names."""
+        return replace(self, modules={name: parts for name, parts in self.modules.items() if wanted(name)})
 
     @property
     def has_magnitudes(self) -> bool:
@@ -138,7 +152,8 @@ def sort_tensors(tensors: Mapping[str, torch.Tensor], header: Mapping[str, str] 
             name = match[1]
         elif (match := _DOTTED.fullmatch(key)) and not key.startswith(("lora_", "text_encoder")):
             if "lora" in match[2]:
-                layouts.add("diffusers-old" if match[2].startswith("lora.") else "diffusers")
+                old = "animatediff" if ".temporal_transformer." in key else "diffusers-old"
+                layouts.add(old if match[2].startswith("lora.") else "diffusers")
             path = _plain_path(match[1])
             name = path.replace(".", "_")
             paths[name] = path
@@ -157,8 +172,13 @@ def sort_tensors(tensors: Mapping[str, torch.Tensor], header: Mapping[str, str] 
 
 
 def _plain_path(path: str) -> str:
-    """A dotted path as the module is called today: attention processors held the LoRA once, and `to_out` for `to_out.0`."""
-    path = path.replace(".processor.", ".")
+    """A dotted path as the module is called today: attention processors held the LoRA once, and `to_out` for `to_out.0`.
+
+    Of motion modules also AnimateDiff's own names.
+    """
+    path = path.replace(".processor.", ".").replace(".temporal_transformer.", ".")
+    for theirs, ours in _ATTENTION_BLOCKS.items():
+        path = path.replace(f".{theirs}.", f".{ours}.")
     return path + ".0" if path.endswith(".to_out") else path
 
 
@@ -227,6 +247,48 @@ def to_diffusers(lora: LoraTensors) -> tuple[dict[str, torch.Tensor], str]:
         "use_dora": lora.has_magnitudes,
     }
     return tensors, json.dumps({f"unet.{key}": value for key, value in stated.items()}, sort_keys=True)
+
+
+def to_animatediff(lora: LoraTensors) -> dict[str, torch.Tensor]:
+    """Motion modules under AnimateDiff's own names, as ComfyUI-AnimateDiff-Evolved reads them; scales folded into `up`.
+
+    Attention modules have the names that AnimateDiff's published motion LoRAs have. Those have no others; the feed-forward ones
+    are named in the same way, which AnimateDiff-Evolved's reader takes too.
+
+    Raises:
+        ValueError: modules that are not linear ones of motion modules, or DoRA magnitudes; which.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parts in lora.modules.items():
+        path = lora.path(name)
+        if not is_motion(path) or ".transformer_blocks." not in path or parts["down"].ndim != 2 or "magnitude" in parts:
+            raise ValueError(f"AnimateDiff's layout holds plain LoRA matrices of motion modules only, and no {path}.")
+        path = path.replace(".transformer_blocks.", ".temporal_transformer.transformer_blocks.", 1).removesuffix(".0")
+        for theirs, ours in _ATTENTION_BLOCKS.items():
+            path = path.replace(f".{ours}.", f".{theirs}.processor.")
+        tensors[f"{path}_lora.down.weight"] = parts["down"]
+        scale = lora.alpha(name) / parts["down"].shape[0]
+        tensors[f"{path}_lora.up.weight"] = parts["up"] if scale == 1 else parts["up"].float() * scale
+    return tensors
+
+
+def stacked(first: LoraTensors, second: LoraTensors) -> LoraTensors:
+    """One LoRA that acts as two together: where both adapt a module, their ranks are added and their scales folded in.
+
+    Raises:
+        ValueError: a module of both has DoRA magnitudes, whose effects do not add.
+    """
+    modules = first.modules | second.modules
+    for name in first.modules.keys() & second.modules.keys():
+        both = [lora.modules[name] for lora in (first, second)]
+        if any("magnitude" in parts for parts in both):
+            raise ValueError(f"{name} has DoRA magnitudes, which do not add to another LoRA.")
+        ups = [lora.modules[name]["up"].float() * (lora.alpha(name) / lora.modules[name]["down"].shape[0])
+               for lora in (first, second)]  # fmt: skip
+        down = torch.cat([parts["down"].float() for parts in both])
+        modules[name] = {"down": down, "up": torch.cat(ups, dim=1), "alpha": torch.tensor(float(len(down)))}
+    layouts = tuple(sorted({*first.layouts, *second.layouts}))
+    return LoraTensors(layouts, modules, first.paths | second.paths, first.strangers + second.strangers)
 
 
 def to_peft(lora: LoraTensors, alphas: Mapping[str, float]) -> dict[str, torch.Tensor]:

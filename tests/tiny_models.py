@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, MotionAdapter, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    MotionAdapter,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.models import UNetMotionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -51,13 +58,29 @@ def sdxl_pipeline() -> StableDiffusionXLPipeline:
     )  # fmt: skip
 
 
-def motion_parts() -> dict:
+def image_unet() -> UNet2DConditionModel:
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(**BLOCKS, sample_size=8, attention_head_dim=2)
-    adapter = MotionAdapter(
-        block_out_channels=(32, 64), motion_layers_per_block=1, motion_norm_num_groups=2, motion_num_attention_heads=4,
-    )  # fmt: skip
+    return UNet2DConditionModel(**BLOCKS, sample_size=8, attention_head_dim=2).eval()
+
+
+def motion_adapter(**shape) -> MotionAdapter:
+    torch.manual_seed(1)
+    of_tiny = {"motion_layers_per_block": 1, "motion_norm_num_groups": 2, "motion_num_attention_heads": 4}
+    return MotionAdapter(block_out_channels=(32, 64), **(of_tiny | shape)).eval()
+
+
+def motion_parts() -> dict:
+    unet, adapter = image_unet(), motion_adapter()
     return {
         "vae": vae(), "text_encoder": CLIPTextModel(text_config()).eval(), "tokenizer": tokenizer(),
         "unet": UNetMotionModel.from_unet2d(unet, adapter).eval(), "motion_adapter": adapter,
     }  # fmt: skip
+
+
+def image_pipeline() -> StableDiffusionPipeline:
+    torch.manual_seed(0)
+    return StableDiffusionPipeline(
+        vae=vae(), text_encoder=CLIPTextModel(text_config()).eval(), tokenizer=tokenizer(), unet=image_unet(),
+        scheduler=DDIMScheduler(**BETAS, clip_sample=False, steps_offset=1), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    )  # fmt: skip

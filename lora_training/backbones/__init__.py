@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..config import ModelConfig
+from .animatediff import AnimateDiff
 from .base import Backbone
 from .conditioning import Conditioning
 from .sd15 import StableDiffusion15
@@ -10,7 +11,7 @@ from .sdxl import StableDiffusionXL
 
 __all__ = ["FAMILIES", "Backbone", "Conditioning", "load_backbone"]
 
-FAMILIES: dict[str, type[Backbone]] = {family.family: family for family in (StableDiffusion15, StableDiffusionXL)}
+FAMILIES: dict[str, type[Backbone]] = {family.family: family for family in (StableDiffusion15, StableDiffusionXL, AnimateDiff)}
 
 
 def load_backbone(config: ModelConfig) -> Backbone:

@@ -10,14 +10,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 
 from pcm_scheduler.noise_schedule import alphas_and_sigmas, check_prediction_type
 
+from ..clips import batch_as_frames, frames_as_batch
 from ..config import ModelConfig
 from .conditioning import Conditioning
 
 if TYPE_CHECKING:
     from ..students import Student
+
+DECODED_AT_ONCE = 16  # pictures, or frames of clips
 
 
 class Backbone(ABC):
@@ -30,11 +34,16 @@ class Backbone(ABC):
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     load_arguments: ClassVar[dict[str, Any]] = {}
     addition_embed_type: ClassVar[str | None]  # of the UNet's configuration: what tells the families apart
+    sample_dimensions: ClassVar[int] = 4  # of x_t: (N, 4, h, w), or with frames (N, 4, F, h, w)
 
-    def __init__(self, pipe: Any, prediction_type: str | None = None):
+    def __init__(self, pipe: Any, prediction_type: str | None = None, beta_schedule: str | None = None):
         self.pipe = pipe
         self.vae, self.unet = pipe.vae, pipe.unet
-        self._check_family()
+        self._check_family(pipe.unet)
+        if beta_schedule is not None:
+            own = pipe.scheduler.config
+            pipe.scheduler = pipe.scheduler.from_config(own, beta_schedule=beta_schedule, trained_betas=None)
+        self._schedule_is_chosen = beta_schedule is not None
         for part in (self.vae, self.unet, *self.text_encoders):
             part.eval().requires_grad_(False)
         self.student: Student | None = None  # set by a Student that is built on this
@@ -54,6 +63,10 @@ class Backbone(ABC):
         Raises:
             ValueError: not a model, or one of another family.
         """
+        return cls(cls._load_pipe(config), config.prediction_type, config.beta_schedule)
+
+    @classmethod
+    def _load_pipe(cls, config: ModelConfig) -> Any:
         path = config.path
         if path.endswith(".safetensors"):
             if not Path(path).is_file():
@@ -70,14 +83,15 @@ class Backbone(ABC):
             pipe.load_lora_weights(lora)
             pipe.fuse_lora()
             pipe.unload_lora_weights()
-        return cls(pipe, config.prediction_type)
+        return pipe
 
-    def _check_family(self) -> None:
-        found = self.unet.config.addition_embed_type
-        if found != self.addition_embed_type:
+    @classmethod
+    def _check_family(cls, unet: Any) -> None:
+        found = unet.config.addition_embed_type
+        if found != cls.addition_embed_type:
             families = {sub.addition_embed_type: sub.family for sub in Backbone.__subclasses__()}
             raise ValueError(
-                f"model.family is {self.family}, but this UNet is of {families.get(found, 'no family we train')} (its "
+                f"model.family is {cls.family}, but this UNet is of {families.get(found, 'no family we train')} (its "
                 f"addition_embed_type is {found})."
             )
 
@@ -108,7 +122,31 @@ class Backbone(ABC):
 
     @abstractmethod
     def predict(self, sample: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        """The UNet's output for x_t (N, 4, h, w) at timesteps (N,)."""
+        """The UNet's output for x_t (N, 4, h, w) at timesteps (N,); with frames x_t is (N, 4, F, h, w)."""
+
+    def check_sample(self, shape: Sequence[int]) -> None:
+        """Refuse data that `predict` cannot take; `shape` is that of one sample's latents.
+
+        Raises:
+            ValueError: pictures where there must be clips, or the reverse, or too long a clip.
+        """
+        if len(shape) + 1 != self.sample_dimensions:
+            wanted, found = ("clips", "pictures") if self.sample_dimensions == 5 else ("pictures", "clips")
+            raise ValueError(f"model.family {self.family} is trained on {wanted}, and data.path holds {found}.")
+
+    @property
+    def betas(self) -> dict[str, Any]:
+        """What the adapter's header says of the noise schedule; nothing where that is the model's own."""
+        config = self.pipe.scheduler.config
+        if not self._schedule_is_chosen or config.trained_betas is not None:
+            return {}
+        return {name: config[name] for name in ("beta_schedule", "beta_start", "beta_end")}
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Compute activations of the blocks of UNet and VAE again in the backward pass instead of keeping them."""
+        self.vae.enable_gradient_checkpointing()
+        self.unet.enable_gradient_checkpointing()
+        self.unet.train()  # diffusers checkpoints in training mode only
 
     @property
     def num_train_timesteps(self) -> int:
@@ -129,14 +167,29 @@ class Backbone(ABC):
         posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
         return posterior.mean * self.vae.config.scaling_factor, posterior.std * self.vae.config.scaling_factor
 
-    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pictures (N, 3, 8 h, 8 w), float32, of scaled latents (N, 4, h, w), with gradients to them.
+    def decode_latents(self, latents: torch.Tensor, at_once: int = DECODED_AT_ONCE) -> torch.Tensor:
+        """Pictures (N, 3, H, W), float32, of scaled latents (N, 4, h, w), with gradients to them; clips from clips.
 
         In float32, as `encode_images`. The VAE, left in main memory once pictures are encoded, comes to where the latents are.
+
+        Args:
+            latents: of pictures, or of clips, (N, 4, F, h, w), which come back as (N, 3, F, H, W).
+            at_once: pictures or frames in a call of the VAE.
         """
         self.vae.to(latents.device)
+        scaled = frames_as_batch(latents).to(self.vae.dtype) / self.vae.config.scaling_factor
         with torch.autocast(latents.device.type, enabled=False):
-            return self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
+            decoded = torch.cat([self.vae.decode(part).sample for part in scaled.split(at_once)])
+        return batch_as_frames(decoded, len(latents)) if latents.ndim == 5 else decoded
+
+    def sample_latents(self, noise: torch.Tensor, **call: Any) -> torch.Tensor:
+        """The pipeline's result for initial noise, still in latents; `call` is what the pipeline is called with."""
+        return self.pipe(latents=noise, output_type="latent", **call).images
+
+    @torch.no_grad()
+    def pictures(self, latents: torch.Tensor) -> list[Image.Image]:
+        """A picture to look at of each of the scaled latents (N, ...); decoded one at a time."""
+        return self.pipe.image_processor.postprocess(self.decode_latents(latents, at_once=1).cpu())
 
     @contextmanager
     def teacher(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ from typing import Any
 from diffusers.utils import logging
 
 from ..lora_file import AdapterSettings, read_lora, read_settings, with_overrides
-from ..lora_layouts import to_diffusers
+from ..lora_layouts import is_motion, to_diffusers
 from .fitting import fitting_scheduler, local_file
 
 logger = logging.get_logger(__name__)
@@ -57,11 +57,13 @@ def load_pcm_lora(
 def _load_weights(pipe: Any, path: Path, adapter_name: str) -> None:
     """As diffusers loads it, unless that would lose something.
 
-    Of kohya's layout diffusers (0.42) drops DoRA magnitudes, and the alphas of attention modules where alphas differ.
+    Of kohya's layout diffusers (0.42) drops DoRA magnitudes, motion modules, and the alphas of attention modules where alphas
+    differ; of AnimateDiff's own it knows the attention modules only.
     """
     lora = read_lora(path)
     alphas_differ = len({lora.alpha(name) for name in lora.modules}) > 1
-    if "kohya" in lora.layouts and (lora.has_magnitudes or alphas_differ):
+    lost_of_kohya = lora.has_magnitudes or alphas_differ or any(map(is_motion, lora.modules))
+    if "animatediff" in lora.layouts or ("kohya" in lora.layouts and lost_of_kohya):
         tensors, metadata = to_diffusers(lora)
         pipe.load_lora_into_unet(
             tensors,
