@@ -16,7 +16,11 @@ from ..pcm_scheduler.lora_file import AdapterSettings, read_settings, read_tenso
 from .face import HIDDEN, say
 from .inputs import CATEGORY, Settings
 
-FAMILIES = {"sd15": comfy.supported_models.SD15, "sdxl": comfy.supported_models.SDXL}
+FAMILIES = {
+    "sd15": comfy.supported_models.SD15,
+    "sdxl": comfy.supported_models.SDXL,
+    "animatediff": comfy.supported_models.SD15,  # spatial layers; motion modules are in a file of their own
+}
 
 
 def in_words(settings: AdapterSettings, stated: AdapterSettings | None) -> str:
@@ -34,6 +38,8 @@ def in_words(settings: AdapterSettings, stated: AdapterSettings | None) -> str:
     return (
         f"{grid.num_phases} phases, {wanted}\n({source})\n"
         f"edges {', '.join(map(str, grid.edges))} of {grid.num_solver_steps} points; predicts {settings.prediction_type}"
+        + (f"\ntrained on {settings.beta_schedule} betas" if settings.beta_schedule else "")
+        + (", which AnimateDiff-Evolved calls sqrt_linear (AnimateDiff)" if settings.beta_schedule == "linear" else "")
     )
 
 
@@ -150,14 +156,14 @@ def with_lora(model: Any, tensors: dict[str, Any], strength: float, family: str 
         model: a MODEL.
         tensors: of the file.
         strength: 1 is what it was trained at.
-        family: for which the file says it is, `sd15` or `sdxl`; None if it does not say.
+        family: for which the file says it is, of `FAMILIES`; None if it does not say.
 
     Raises:
         ValueError: a file for another kind of model. Many of the modules' names are the same, and ComfyUI would only log those
             that do not fit.
     """
     config = model.model.model_config
-    others = tuple(kind for name, kind in FAMILIES.items() if name != family)
+    others = tuple(kind for kind in FAMILIES.values() if kind is not FAMILIES.get(family))
     if family in FAMILIES and isinstance(config, others):
         raise ValueError(f"This adapter is for {family}, and the model is {type(config).__name__}: load the other file.")
     names = comfy.lora.model_lora_keys_unet(model.model, {})

@@ -477,6 +477,8 @@ class TrainConfig:
             raise ValueError(
                 "lora.dora: AnimateDiff's layout of motion LoRAs has no place for DoRA's magnitudes. Set it to false."
             )
+        if self.compile:
+            raise ValueError("compile: diffusers (0.42) names no blocks to compile in a video UNet. Set it to false.")
         if self.trainable == "unet" and self.model.image_adapter:
             raise ValueError(
                 "model.image_adapter lies beneath an adapter, and trainable: unet has none. Set trainable: lora, or merge it "

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 
+import psutil
 import torch
 
 from .loop import Run
@@ -16,6 +17,9 @@ def describe(run: Run) -> Iterator[str]:
     config, backbone, data = run.config, run.backbone, run.data
     yield f"model      {config.model.path} ({backbone.family}, {backbone.prediction_type}, T = {backbone.num_train_timesteps})"
     yield f"data       {config.data.path}: {data.describe()}"
+    height, width = (side * backbone.latent_scale for side in run.latent_shape[-2:])
+    frames = f"{run.latent_shape[1]} frames of " if len(run.latent_shape) == 4 else ""
+    yield f"a sample   {' x '.join(map(str, run.latent_shape))} latents: {frames}{height} x {width} pixels"
     for stage, grid in enumerate(run.grids):
         part = f"stage {stage + 1}: " if len(run.grids) > 1 else ""
         edges = ", ".join(map(str, grid.edges))
@@ -62,5 +66,7 @@ def dry_run(run: Run) -> None:
     loss = run.step(0)
     seconds = time.perf_counter() - begun
     whole = timedelta(seconds=round(seconds * run.config.optimizer.steps))
-    peak = f", peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" if torch.cuda.is_available() else ""
+    on_gpu = torch.cuda.is_available()
+    memory = torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
+    peak = f", {'peak ' if on_gpu else ''}{memory / 2**30:.2f} GiB{'' if on_gpu else ' held after it'}"
     print(f"one step   loss {loss:.4f}, {seconds:.2f} s{peak}; at this pace the run takes {whole} (first steps are slower)")

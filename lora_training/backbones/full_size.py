@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-# What differs from UNet2DConditionModel's defaults, which are SD1.x's but for the width of the text.
+from diffusers import UNet2DConditionModel
+from diffusers.models import UNetMotionModel
+
+# What differs from the defaults of UNet2DConditionModel and UNetMotionModel, which are SD1.x's but for the width of the text.
 UNET_CONFIGS: dict[str, dict[str, Any]] = {
     "sd15": {"sample_size": 64, "cross_attention_dim": 768},
     "sdxl": {
@@ -15,5 +18,11 @@ UNET_CONFIGS: dict[str, dict[str, Any]] = {
         "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
         "projection_class_embeddings_input_dim": 2816,
     },
+    "animatediff": {"sample_size": 64, "cross_attention_dim": 768, "use_motion_mid_block": False},  # motion modules v3
 }  # fmt: skip
-ADAPTED_MODULES = {"sd15": 278, "sdxl": 788}  # by PCM's 14 kinds of target
+ADAPTED_MODULES = {"sd15": 278, "sdxl": 788, "animatediff": 478}  # by PCM's 14 kinds of target
+
+
+def full_size_unet(family: str) -> UNet2DConditionModel | UNetMotionModel:
+    """A family's UNet with random weights, or on the meta device with none."""
+    return (UNetMotionModel if family == "animatediff" else UNet2DConditionModel)(**UNET_CONFIGS[family])

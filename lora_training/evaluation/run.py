@@ -54,6 +54,8 @@ class Evaluation:
         self.scorer = load_scorer(config.alignment, device) if config.alignment else None
         self.lpips = load_lpips(config.lpips_weights, "lpips_weights").to(device) if config.lpips_weights else None
         family = FAMILIES[config.model.family]
+        if family.sample_dimensions != 4:
+            raise ValueError(f"Methods are compared by pictures, and model.family {config.model.family} draws clips.")
         pipe = family.pipeline_class.from_pretrained(config.model.path, **family.load_arguments)
         pipe.to(device, torch.float16 if config.precision == "fp16" else torch.float32)
         if config.precision == "bf16":

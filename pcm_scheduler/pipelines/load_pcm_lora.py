@@ -26,6 +26,8 @@ def load_pcm_lora(
 ) -> AdapterSettings:
     """Load an adapter's weights and set `pipe.scheduler` to the `PCMScheduler` it was trained for.
 
+    The noise schedule stays the pipeline's, unless the file states the betas that it was trained on.
+
     Args:
         pipe: any diffusers pipeline with `load_lora_weights` and a scheduler.
         adapter: a `.safetensors` file, a folder, or a hub id.

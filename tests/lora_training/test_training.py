@@ -14,7 +14,7 @@ import pytest
 import tiny_models
 import torch
 import yaml
-from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig as PeftLoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -25,7 +25,7 @@ from write_dataset import write_dataset
 
 from lora_training.backbones import load_backbone
 from lora_training.backbones.conditioning import expanded
-from lora_training.backbones.full_size import ADAPTED_MODULES, UNET_CONFIGS
+from lora_training.backbones.full_size import ADAPTED_MODULES, full_size_unet
 from lora_training.checkpoint import load_checkpoint, save_checkpoint
 from lora_training.config import (
     LoraConfig,
@@ -41,7 +41,7 @@ from lora_training.loop import Interrupted, Run, run
 from lora_training.objectives import ConsistencyObjective
 from lora_training.optimizers import build_optimizer
 from lora_training.randomness import generator_of
-from lora_training.students import Adapter
+from lora_training.students import Adapter, adapted_modules
 from lora_training.teacher import SOLVERS, Levels, guided_prediction
 from lora_training.train import parse
 from pcm_scheduler import load_pcm_lora, load_pcm_unet, read_settings
@@ -499,12 +499,12 @@ def test_a_model_of_another_family_is_refused(tmp_path):
         load_backbone(ModelConfig(path="nowhere.safetensors"))
 
 
-@pytest.mark.parametrize(("family", "millions"), [("sd15", 67), ("sdxl", 197)])
+@pytest.mark.parametrize(("family", "millions"), [("sd15", 67), ("sdxl", 197), ("animatediff", 101)])
 def test_adapters_of_full_sized_networks_have_the_published_sizes(family, millions):
     """The true configurations without their weights: which modules are adapted, and how large the published files are."""
-    adapter = PeftLoraConfig(r=64, lora_alpha=64, target_modules=list(LoraConfig().target_names))
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**UNET_CONFIGS[family])
+        unet = full_size_unet(family)
+        adapter = PeftLoraConfig(r=64, lora_alpha=64, target_modules=adapted_modules(unet, LoraConfig()))
         unet.add_adapter(adapter, adapter_name="student")
     state = get_peft_model_state_dict(unet, adapter_name="student")
     modules = ADAPTED_MODULES[family]
