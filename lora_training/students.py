@@ -327,7 +327,8 @@ class WholeUNet(Student):
 
     def state(self) -> dict[str, torch.Tensor]:
         """The UNet's tensors under diffusers' names."""
-        return {name: whole(p) for name, p in self.parameters.items()}
+        buffers = dict(self.backbone.unet.named_buffers())  # such as the positions of motion modules
+        return {name: whole(tensor) for name, tensor in (self.parameters | buffers).items()}
 
     def write(
         self, path: Path, state: Mapping[str, torch.Tensor], settings: AdapterSettings, title: str, extra: Mapping[str, str]

@@ -32,7 +32,7 @@ from lora_training.dry_run import describe
 from lora_training.loop import Interrupted, Run
 from lora_training.objectives import ConsistencyObjective
 from lora_training.students import Adapter
-from pcm_scheduler import PCMScheduler, load_pcm_lora, read_settings
+from pcm_scheduler import PCMScheduler, load_pcm_lora, load_pcm_unet, read_settings
 from pcm_scheduler.lora_file import AdapterSettings, adapter_tensors, read_lora, write_video_adapter
 from pcm_scheduler.lora_layouts import is_motion, stacked
 from pcm_scheduler.noise_schedule import make_alphas_cumprod, make_betas
@@ -462,6 +462,19 @@ def test_a_header_speaks_of_betas_only_where_they_were_chosen(folders):
     trained = DDIMScheduler(trained_betas=[0.01] * 1000, clip_sample=False, steps_offset=1)
     told = PCMScheduler.from_config(trained.config, **SETTINGS.scheduler_config)
     assert torch.equal(told.betas, make_betas("linear", 0.00085, 0.012, 1000))
+
+
+def test_every_weight_of_a_video_unet_is_trained_too(folders, tmp_path):
+    config = config_for(folders, tmp_path / "unet.safetensors", steps=1, trainable="unet")
+    trained = Run(config)
+    told = inputs(trained.backbone)
+    output = trained.train()
+    pipe = pipeline(folders)
+    plain = predicted(pipe.unet, *told)
+    assert load_pcm_unet(pipe, output).beta_schedule == "linear"
+    student = predicted(trained.backbone.unet.eval(), *told)
+    assert (student - plain).abs().max() > 1e-2
+    torch.testing.assert_close(predicted(pipe.unet, *told), student, atol=2e-2, rtol=0)  # a file in fp16
 
 
 @pytest.mark.parametrize(
