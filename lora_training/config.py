@@ -5,6 +5,7 @@ Guidance is diffusers' everywhere: g in eps_u + g (eps_c - eps_u). The papers' w
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Literal
@@ -57,16 +58,38 @@ class ModelConfig:
 
 
 @dataclass
+class ClipConfig:
+    """Which frames of a file make its clip. Every file is one clip; the folders' layout is in `lora_training/data/clips.py`.
+
+    Attributes:
+        frames: of a clip, and so of every sample.
+        stride: every n-th frame is taken, however long each is shown.
+        fps: instead, the frames shown at these many instants a second, whatever the file's own rate and however uneven; a file
+            of a lower rate gives frames twice. 0: by `stride`.
+        start: where in the file the frames are taken: at its beginning, in its middle, or at a place drawn once for each file.
+        skip_seconds: of every file, at both ends, that are not used, such as titles.
+    """
+
+    frames: int = 16
+    stride: int = 1
+    fps: float = 0.0
+    start: Literal["first", "middle", "random"] = "middle"
+    skip_seconds: float = 0.0
+
+
+@dataclass
 class DataConfig:
-    """Captioned pictures: where they are, how they are framed, and whether they are encoded once or as they are read.
+    """Captioned pictures or clips: where they are, how they are framed, and whether they are encoded once or as they are read.
 
     Attributes:
         path: a folder (captions in a `.txt` beside each picture, or in `metadata.jsonl`), parquet files (`data/*.parquet`),
             webdataset tar shards (`shards/{000..099}.tar`, a glob, or addresses), or a dataset id of the Hugging Face hub.
+        clips: which frames are taken, if the data are clips (`data.clips: {}` for the usual); none: they are pictures. What is
+            said of a picture below holds for a clip, whose frames are all scaled, cropped and mirrored alike.
         format: which of these it is; `auto` looks at the path.
         subset: of a hub dataset, its configuration's name.
         split: of a hub dataset.
-        image_column: of a table; empty: the first that holds pictures.
+        image_column: of a table; empty: the first that holds pictures, or videos if the data are clips.
         caption_column: of a table; empty: `text`, `caption` or `prompt`.
         resolution: the side of the square trained on; with buckets, its area is that of every picture.
         aspect_buckets: keep wide and tall pictures so, in batches of one size; otherwise all are squares.
@@ -75,15 +98,16 @@ class DataConfig:
         crop: what is kept of a picture once it covers its size: the middle, or a part drawn once for each picture.
         flip: half of the samples are mirrored. Not for captions that say left and right.
         cache: a folder for latents and text embeddings; empty: beside the output.
-        shard_size: pictures in a file of the cache.
+        shard_size: pictures, or frames of clips, in a file of the cache.
         streaming: encode while training and keep nothing, for data too large to keep; slower steps.
-        shuffle_buffer: pictures that a streamed sample is drawn from.
-        encode_batch_size: pictures per call of the VAE.
+        shuffle_buffer: pictures or clips that a streamed sample is drawn from; those out of tar shards wait in memory.
+        encode_batch_size: pictures, or frames of clips, per call of the VAE.
         caption_dropout: share of the samples whose caption is replaced by the empty one, drawn anew at every step.
         max_bad_share: of pictures that cannot be read or have no caption; they are named and left out, more stop the run.
     """
 
     path: str = "data"
+    clips: ClipConfig | None = None
     format: Literal["auto", "folder", "parquet", "webdataset", "hub"] = "auto"
     subset: str = ""
     split: str = "train"
@@ -102,6 +126,11 @@ class DataConfig:
     encode_batch_size: int = 16
     caption_dropout: float = 0.0
     max_bad_share: float = 0.01
+
+    @property
+    def noun(self) -> str:
+        """What a sample is, for messages."""
+        return "clip" if self.clips else "picture"
 
 
 @dataclass
@@ -435,6 +464,15 @@ class TrainConfig:
             raise ValueError(
                 f"data.resolution={self.data.resolution} must be a multiple of data.bucket_step={self.data.bucket_step}."
             )
+        if self.data.clips:
+            clips = self.data.clips
+            for name, least in (("frames", 1), ("stride", 1), ("fps", 0), ("skip_seconds", 0)):
+                if not least <= getattr(clips, name) < math.inf:
+                    raise ValueError(f"data.clips.{name} must be {least} or more; got {getattr(clips, name)}.")
+            if clips.fps and clips.stride != 1:
+                raise ValueError(
+                    f"data.clips.fps={clips.fps:g} and data.clips.stride={clips.stride} do not go together: leave one out."
+                )
         if self.data.max_aspect < 1:
             raise ValueError(f"data.max_aspect must be at least 1; got {self.data.max_aspect}.")
         if self.validation.every < 0:

@@ -38,7 +38,11 @@ def describe(run: Run) -> Iterator[str]:
     if run.critic:
         yield f"critic     {run.critic.describe()}, {judged / 1e6:.2f} M parameters"
     samples = config.optimizer.batch_size * config.optimizer.gradient_accumulation * run.accelerator.num_processes
-    seen = f"; every picture is seen {samples * config.optimizer.steps / len(data):.1f} times on average" if len(data) else ""
+    seen = (
+        f"; every {config.data.noun} is seen {samples * config.optimizer.steps / len(data):.1f} times on average"
+        if len(data)
+        else ""
+    )
     yield f"work       {config.optimizer.steps} steps of {samples} samples{seen}"
     averages = sum(p.numel() for p in run.student.target_parameters.values())
     unets = _bytes(run.student.unets) - 4 * count - 4 * averages

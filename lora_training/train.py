@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
-from typing import get_type_hints
+from typing import get_args, get_type_hints
 
 from jsonargparse import ArgumentParser
 
@@ -32,6 +32,8 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> None:
         known = list(setting_names(TrainConfig))
         in_group = [".".join(found) for found in re.findall(r"Group '(\S+)' does not accept option '(\S+)'", message)]
+        # of a group that may be left out
+        in_group += [".".join(found) for found in re.findall(r"(?s)key \"(\S+)\":.*?Option '(\S+)' is not accepted", message)]
         for word in in_group or [word.strip(".") for word in re.findall(r"[\w.]+", message)]:
             near = get_close_matches(word, known, n=1, cutoff=0.75)
             if near and word not in known and not any(name.startswith(word + ".") for name in known):
@@ -43,8 +45,9 @@ class Parser(ArgumentParser):
 def setting_names(config: type, prefix: str = "") -> Iterator[str]:
     """Every setting's full name, such as `lora.rank`."""
     for name, kind in get_type_hints(config).items():
-        if dataclasses.is_dataclass(kind):
-            yield from setting_names(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
+        group = next((k for k in (kind, *get_args(kind)) if isinstance(k, type) and dataclasses.is_dataclass(k)), None)
+        if group is not None:
+            yield from setting_names(group, f"{prefix}{name}.")
         else:
             yield prefix + name
 

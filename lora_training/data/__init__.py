@@ -1,1 +1,1 @@
-"""Captioned pictures, and the latents and text embeddings made of them once."""
+"""Captioned pictures and clips, and the latents and text embeddings made of them once."""

@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import accumulate, islice
 from pathlib import Path
@@ -24,7 +24,8 @@ from pcm_scheduler.lora_file import write_safetensors
 
 from ..backbones import Backbone, Conditioning
 from ..config import DataConfig
-from .pictures import Picture, Size, bucket_sizes, load_picture, nearest_bucket, upright_size
+from .clips import clip_size, load_clip
+from .pictures import Picture, Size, bucket_sizes, in_unit_range, load_picture, nearest_bucket, upright_size
 from .sources import Record, Source
 
 _MEANS, _STDS, _CONDITIONING = "latent_means", "latent_stds", "conditioning/"
@@ -33,9 +34,11 @@ _LISTED, _SHOWN = 20, 16
 
 @dataclass(frozen=True)
 class Example:
-    """Encoded pictures of one size: named tensors that share their first dimension, fp16.
+    """Encoded pictures or clips of one size: named tensors that share their first dimension, fp16.
 
-    `latent_means` and `latent_stds` (N, V, 4, h, w), scaled latents of V variants; `conditioning/...` (N, ...).
+    `latent_means` and `latent_stds` (N, V, 4, h, w), scaled latents of V variants; `conditioning/...` (N, ...). Of clips
+    `latent_means` (N, V, 4, F, h, w) alone: deviations would double the largest part of the cache for a noise of less than a
+    hundredth of the latents' own spread.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -46,7 +49,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Bucket:
-    """All encoded pictures of one size, as the files on disk hold them: read when they are asked for."""
+    """All encoded pictures or clips of one size, as the files on disk hold them: read when they are asked for."""
 
     parts: tuple[Example, ...]
 
@@ -54,7 +57,7 @@ class Bucket:
         return sum(map(len, self.parts))
 
     def rows(self, which: Sequence[int]) -> dict[str, torch.Tensor]:
-        """The named tensors of these pictures, float32."""
+        """The named tensors of these, float32."""
         ends = list(accumulate(map(len, self.parts)))
         places = [(part := bisect_right(ends, i), i - (ends[part - 1] if part else 0)) for i in which]
         return {
@@ -70,7 +73,7 @@ class TrainingData:
     Attributes:
         buckets: by (height, width) in pixels.
         empty: conditioning of the empty prompt, (1, ...), for guidance and caption dropout.
-        captions: of the first pictures, to show.
+        captions: of the first, to show.
     """
 
     buckets: dict[Size, Bucket]
@@ -87,13 +90,15 @@ class TrainingData:
 
     @property
     def largest_bucket(self) -> Size:
-        """(height, width) of most pictures."""
+        """(height, width) of most."""
         return max(self.buckets, key=lambda size: len(self.buckets[size]))
 
     def describe(self) -> str:
-        """How many pictures, of which sizes."""
+        """How many, of which sizes."""
         sizes = ", ".join(f"{len(b)} of {h} x {w}" for (h, w), b in sorted(self.buckets.items()))
-        return f"{len(self)} captioned pictures: {sizes} pixels"
+        means = next(iter(self.buckets.values())).parts[0].tensors[_MEANS]
+        what = f"clips of {means.shape[3]} frames" if means.dim() == 6 else "pictures"
+        return f"{len(self)} captioned {what}: {sizes} pixels"
 
     def skip(self, batches: int, batch_size: int) -> None:
         """Go on after so many batches; nothing to do, for a batch is a function of its generator."""
@@ -101,7 +106,7 @@ class TrainingData:
     def draw(
         self, batch_size: int, generator: torch.Generator, device: torch.device, caption_dropout: float = 0.0
     ) -> tuple[torch.Tensor, Conditioning]:
-        """Latents of one size drawn from their posterior, (B, 4, h, w), and their conditioning, float32."""
+        """Latents of one size drawn from their posterior, (B, 4, h, w) or (B, 4, F, h, w), and their conditioning, float32."""
         buckets = list(self.buckets.values())
         shares = torch.tensor([float(len(bucket)) for bucket in buckets])
         bucket = buckets[int(torch.multinomial(shares, 1, generator=generator))] if len(buckets) > 1 else buckets[0]
@@ -116,13 +121,14 @@ def drawn(
     device: torch.device,
     caption_dropout: float,
 ) -> tuple[torch.Tensor, Conditioning]:
-    """From encoded pictures to a batch: a variant of each, its posterior's noise, and some captions dropped."""
-    means, stds = rows[_MEANS], rows[_STDS]
+    """From what is encoded to a batch: a variant of each, its posterior's noise if kept, and some captions dropped."""
+    means = rows[_MEANS]
     batch_size, variants = means.shape[:2]
     each = torch.arange(batch_size)
     variant = torch.randint(variants, (batch_size,), generator=generator) if variants > 1 else torch.zeros_like(each)
-    mean, std = means[each, variant], stds[each, variant]
-    latents = mean + std * torch.randn(mean.shape, generator=generator)
+    latents = means[each, variant]
+    if _STDS in rows:
+        latents = latents + rows[_STDS][each, variant] * torch.randn(latents.shape, generator=generator)
     dropped = torch.rand(batch_size, generator=generator) < caption_dropout
     conditioning = {name.removeprefix(_CONDITIONING): t for name, t in rows.items() if name.startswith(_CONDITIONING)}
     for name, tensor in conditioning.items():
@@ -132,7 +138,7 @@ def drawn(
 
 
 def encode(records: Sequence[Record], size: Size, backbone: Backbone, config: DataConfig) -> tuple[Example | None, list[str]]:
-    """Pictures of one bucket, and why some of them are left out; None if all are."""
+    """Pictures or clips of one bucket, and why some of them are left out; None if all are."""
     with ThreadPoolExecutor(8) as pool:
         decoded = list(pool.map(partial(_decoded, size=size, config=config), records))
     left_out = [found for found in decoded if isinstance(found, str)]
@@ -140,20 +146,40 @@ def encode(records: Sequence[Record], size: Size, backbone: Backbone, config: Da
     captions = [record.caption for record, found in zip(records, decoded, strict=True) if isinstance(found, Picture)]
     if not pictures:
         return None, left_out
-    pixels = torch.stack([p.pixels for p in pictures])
-    mean, std = backbone.encode_images(pixels.flatten(0, 1).to(backbone.unet.device))
     frames = [backbone.frame_conditioning(p.original_size, p.crop, size) for p in pictures]
     told = {name: tensor.half() for name, tensor in backbone.encode_prompts(captions).items()}
     told |= {name: torch.cat([frame[name] for frame in frames]) for name in frames[0]}
-    latents = {_MEANS: mean, _STDS: std}
-    tensors = {name: t.unflatten(0, pixels.shape[:2]).half().cpu() for name, t in latents.items()}
+    tensors = _latents(pictures, backbone, config)
     return Example(tensors | {_CONDITIONING + name: tensor.cpu() for name, tensor in told.items()}), left_out
 
 
+def _latents(pictures: Sequence[Picture], backbone: Backbone, config: DataConfig) -> dict[str, torch.Tensor]:
+    """As an `Example` holds them; the VAE sees `encode_batch_size` pictures or frames at a time."""
+    shape = pictures[0].levels.shape[:-3]
+    images = [image for picture in pictures for image in picture.levels.flatten(0, len(shape) - 1)]
+    encoded = []
+    for first in range(0, len(images), config.encode_batch_size):
+        levels = torch.stack(images[first : first + config.encode_batch_size]).to(backbone.unet.device)
+        encoded.append([t.half().cpu() for t in backbone.encode_images(in_unit_range(levels))])
+    mean, std = (torch.cat(parts).unflatten(0, (len(pictures), *shape)) for parts in zip(*encoded, strict=True))
+    return {_MEANS: mean.transpose(2, 3)} if config.clips else {_MEANS: mean, _STDS: std}
+
+
+def bucket_of(record: Record, sizes: Sequence[Size], config: DataConfig) -> Size:
+    """The size that a record is trained on.
+
+    Raises:
+        ValueError: its file cannot be read.
+    """
+    if len(sizes) == 1:
+        return sizes[0]
+    return nearest_bucket(clip_size(record) if config.clips else upright_size(record), sizes)
+
+
 def _decoded(record: Record, size: Size, config: DataConfig) -> Picture | str:
-    """The picture, or what is wrong with it."""
+    """The picture or clip, or what is wrong with it."""
     try:
-        return load_picture(record, size, config)
+        return (load_clip if config.clips else load_picture)(record, size, config)
     except ValueError as error:
         return str(error)
 
@@ -172,7 +198,7 @@ def check_share(left_out: Sequence[str], total: int, config: DataConfig) -> None
     if not left_out:
         return
     more = [f"... and {len(left_out) - _LISTED} more"] if len(left_out) > _LISTED else []
-    message = "\n".join([f"{len(left_out)} of {total} pictures cannot be used:", *left_out[:_LISTED], *more])
+    message = "\n".join([f"{len(left_out)} of {total} {config.noun}s cannot be used:", *left_out[:_LISTED], *more])
     if len(left_out) > config.max_bad_share * total or len(left_out) == total:
         raise ValueError(f"{message}\nMend or remove them, or raise data.max_bad_share (now {config.max_bad_share:g}).")
     print(message, file=sys.stderr)
@@ -182,8 +208,9 @@ def check_share(left_out: Sequence[str], total: int, config: DataConfig) -> None
 class LatentCache:
     """The shards of one source under one model and one set of settings.
 
-    Shard k holds the source's records k * shard_size and on; process p of P encodes the shards k = p modulo P. A shard is
-    there or it is not, so that an encoding that is cut off goes on at the next one.
+    Shard k holds the source's records k * n and on, n the pictures, or the clips of so many frames, of `shard_size`; process p
+    of P encodes the shards k = p modulo P. A shard is there or it is not, so that an encoding that is cut off goes on at the
+    next one.
 
     Args:
         source: what is encoded.
@@ -207,7 +234,8 @@ class LatentCache:
         weights = [(str(p.relative_to(model)), p.stat().st_size, p.stat().st_mtime_ns) for p in own]
         c = self.config
         settings = [c.resolution, c.aspect_buckets, c.bucket_step, c.max_aspect, c.crop, c.flip, c.shard_size]
-        parts = ["4", self.source.identity, settings, self.model_path, weights]
+        clips = [asdict(c.clips)] if c.clips else []
+        parts = ["4", self.source.identity, settings + clips, self.model_path, weights]
         return self.root / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     @property
@@ -221,8 +249,9 @@ class LatentCache:
         """This process's shards, those that are missing."""
         if self._index.exists():
             return
-        bar = tqdm(total=self.source.total, desc="encode", disable=process > 0, unit="picture")
-        for number, records in enumerate(_chunks(self.source, self.config.shard_size)):
+        bar = tqdm(total=self.source.total, desc="encode", disable=process > 0, unit=self.config.noun)
+        frames = self.config.clips.frames if self.config.clips else 1
+        for number, records in enumerate(_chunks(self.source, max(self.config.shard_size // frames, 1))):
             if number % processes == process and not self._shard(number).exists():
                 self._encode_shard(records, self._shard(number), bar)
             else:
@@ -237,7 +266,7 @@ class LatentCache:
             if record.problem:
                 continue
             try:
-                by_size[nearest_bucket(upright_size(record), sizes)].append(record)
+                by_size[bucket_of(record, sizes, self.config)].append(record)
             except ValueError as error:
                 left_out.append(str(error))
         bar.update(len(left_out))
@@ -259,7 +288,7 @@ class LatentCache:
         """What all processes have encoded; the same in each of them.
 
         Raises:
-            ValueError: more pictures than `config.max_bad_share` cannot be used; they are named.
+            ValueError: more of them than `config.max_bad_share` cannot be used; they are named.
         """
         shards = sorted(self.folder.glob("shard-*.safetensors"))
         reports = []

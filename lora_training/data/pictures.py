@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,17 +21,27 @@ Size = tuple[int, int]  # height, width
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded picture and its frame.
+    """A decoded picture, or a clip of F frames, and its frame.
 
     Attributes:
-        pixels: (V, 3, H, W) in [-1, 1]; the variants are the picture and, if asked for, its mirror image.
+        levels: (V, 3, H, W), or (V, F, 3, H, W), uint8; the variants are the picture and, if asked for, its mirror image.
         original_size: (height, width) of the file, upright.
         crop: (top, left) of what was kept, in pixels after scaling.
     """
 
-    pixels: torch.Tensor
+    levels: torch.Tensor
     original_size: Size
     crop: tuple[int, int]
+
+    @property
+    def pixels(self) -> torch.Tensor:
+        """In [-1, 1], as the VAE takes them."""
+        return in_unit_range(self.levels)
+
+
+def in_unit_range(levels: torch.Tensor) -> torch.Tensor:
+    """uint8 to float32 in [-1, 1]."""
+    return levels.float() / 127.5 - 1
 
 
 def bucket_sizes(config: DataConfig) -> list[Size]:
@@ -56,8 +66,8 @@ def nearest_bucket(size: Size, sizes: Sequence[Size]) -> Size:
 
 
 @contextmanager
-def _opened(record: Record) -> Iterator[Image.Image]:
-    """Raises ValueError, with the record's name, for whatever goes wrong inside."""
+def opened(record: Record) -> Iterator[Image.Image]:
+    """The record's file through PIL; ValueError, with the record's name, for whatever goes wrong inside."""
     try:
         with Image.open(io.BytesIO(record.content) if isinstance(record.content, bytes) else record.content) as file:
             yield file
@@ -71,7 +81,7 @@ def upright_size(record: Record) -> Size:
     Raises:
         ValueError: the file is not a picture.
     """
-    with _opened(record) as file:
+    with opened(record) as file:
         turned = file.getexif().get(0x0112, 1) >= 5  # EXIF orientations that lie on their side
         return (file.width, file.height) if turned else (file.height, file.width)
 
@@ -79,31 +89,60 @@ def upright_size(record: Record) -> Size:
 def load_picture(record: Record, size: Size, config: DataConfig) -> Picture:
     """Decode, turn upright, put transparency on white, scale to cover `size` and crop.
 
-    A random crop is the same whenever the record is read: it is drawn from its name.
-
     Raises:
         ValueError: the file is not a readable picture.
     """
-    with _opened(record) as file:
-        upright = _rgb(ImageOps.exif_transpose(file))
+    with opened(record) as file:
+        clip = framed([upright_rgb(file)], record.name, size, config)
+    return Picture(clip.levels[:, 0], clip.original_size, clip.crop)
+
+
+def framed(frames: Iterable[Image.Image], name: str, size: Size, config: DataConfig) -> Picture:
+    """A clip of upright RGB frames, each scaled to cover `size` and cropped at the same place.
+
+    A random crop is the same whenever the record is read: it is drawn from its name.
+
+    Raises:
+        ValueError: there are no frames, or they differ in size; without the name.
+    """
     height, width = size
-    scale = max(height / upright.height, width / upright.width)
-    covering = (max(round(upright.width * scale), width), max(round(upright.height * scale), height))
-    spare_left, spare_top = covering[0] - width, covering[1] - height
-    if config.crop == "random":
-        draw = np.random.default_rng(list(hashlib.sha256(record.name.encode()).digest()))
-        left, top = draw.integers(spare_left, endpoint=True).item(), draw.integers(spare_top, endpoint=True).item()
-    else:
-        left, top = spare_left // 2, spare_top // 2
-    scaled = upright.resize(covering, Image.Resampling.LANCZOS)
-    # the mirror image is cropped at the same place, so that both have the same frame
-    variants = [scaled, ImageOps.mirror(scaled)] if config.flip else [scaled]
-    kept = np.stack([np.asarray(v.crop((left, top, left + width, top + height))) for v in variants])
-    pixels = torch.from_numpy(kept).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return Picture(pixels, (upright.height, upright.width), (top, left))
+    found: Size | None = None
+    kept = []
+    for frame in frames:
+        if found is None:
+            found = frame.height, frame.width
+            scale = max(height / frame.height, width / frame.width)
+            covering = (max(round(frame.width * scale), width), max(round(frame.height * scale), height))
+            spare_left, spare_top = covering[0] - width, covering[1] - height
+            if config.crop == "random":
+                draw = generator_of_name(name)
+                left, top = draw.integers(spare_left, endpoint=True).item(), draw.integers(spare_top, endpoint=True).item()
+            else:
+                left, top = spare_left // 2, spare_top // 2
+        elif found != (frame.height, frame.width):
+            raise ValueError(f"it has frames of {found[0]} x {found[1]} and of {frame.height} x {frame.width} pixels")
+        scaled = frame.resize(covering, Image.Resampling.LANCZOS)
+        # the mirror image is cropped at the same place, so that both have the same frame
+        variants = [scaled, ImageOps.mirror(scaled)] if config.flip else [scaled]
+        kept.append(np.stack([np.asarray(v.crop((left, top, left + width, top + height))) for v in variants]))
+    if found is None:
+        raise ValueError("it has no frames")
+    levels = torch.from_numpy(np.stack(kept, axis=1)).permute(0, 1, 4, 2, 3)
+    return Picture(levels, found, (top, left))
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def generator_of_name(name: str) -> np.random.Generator:
+    """Draws the same for a record whenever it is read."""
+    return np.random.default_rng(list(hashlib.sha256(name.encode()).digest()))
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """As it is looked at, transparency on white."""
+    return rgb(ImageOps.exif_transpose(image))
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """8 bits a channel, transparency on white."""
     if image.mode.startswith(("I", "F")):  # 16 bits and more: PIL's own conversion clips them to white
         values = np.asarray(image, dtype=np.float64)
         image = Image.fromarray((values / (65535 if values.max() > 255 else 255) * 255).clip(0, 255).astype(np.uint8))

@@ -1,4 +1,4 @@
-"""Where captioned pictures come from: a folder, parquet files, tar shards, a dataset of the Hugging Face hub.
+"""Where captioned pictures or clips come from: a folder, parquet files, tar shards, a dataset of the Hugging Face hub.
 
 A source yields `Record`s in an order that never changes. What cannot be used is a record too, with the reason, so that it
 can be counted and named.
@@ -7,6 +7,7 @@ can be counted and named.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from glob import glob
@@ -17,16 +18,18 @@ from typing import Any, Protocol
 from ..config import DataConfig
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+CLIP_SUFFIXES = {".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif", ".webp"}
+FRAME_SUFFIXES = SUFFIXES - CLIP_SUFFIXES  # of numbered pictures that make a clip; GIF and WebP are clips themselves
 CAPTION_NAMES = ("text", "caption", "prompt", "txt")
 
 
 @dataclass(frozen=True)
 class Record:
-    """A picture that is not decoded yet, and its words.
+    """A picture or clip that is not decoded yet, and its words.
 
     Attributes:
         name: for messages.
-        content: its file, or the file's bytes.
+        content: its file, or the file's bytes; for a clip kept as numbered pictures, their folder.
         caption: its words.
         problem: why it cannot be used; empty if it can.
     """
@@ -38,7 +41,7 @@ class Record:
 
 
 class Source(Protocol):
-    """Captioned pictures in a fixed order."""
+    """Captioned pictures or clips in a fixed order."""
 
     @property
     def identity(self) -> object:
@@ -56,14 +59,16 @@ def open_source(config: DataConfig) -> Source:
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: something is, but holds no pictures, or a library to read it with is missing.
+        ValueError: something is, but holds no pictures (or clips), or a library to read it with is missing.
     """
-    path = config.path
+    path, clips = config.path, config.clips is not None
+    if clips:
+        needs("av", "Clips", "video")
     kind = _guess(path) if config.format == "auto" else config.format
     if kind == "folder":
-        return Folder(Path(path))
+        return Folder(Path(path), clips)
     if kind == "webdataset":
-        return TarShards(path)
+        return TarShards(path, clips)
     return Table(config, parquet=kind == "parquet")
 
 
@@ -76,45 +81,76 @@ def _guess(path: str) -> str:
     return "hub" if is_hub_id else "folder"
 
 
-def _needs(library: str, what: str) -> None:
+def needs(library: str, what: str, extra: str) -> None:
+    """Refuse to go on without a library of one of our extras.
+
+    Raises:
+        ValueError: it is not installed; how to install it.
+    """
     if find_spec(library) is None:
-        raise ValueError(f"{what} are read by the {library} library: pip install 'phased-consistency[data]'")
+        raise ValueError(f"{what} need the {library} library: pip install 'phased-consistency[{extra}]'")
 
 
 def _stamp(path: Path, root: Path) -> tuple[str, int, int]:
-    status = path.stat()
-    return str(path.relative_to(root)), status.st_size, status.st_mtime_ns
+    """Changes when a file does, or one in a folder of frames."""
+    found = [p.stat() for p in (frames_in(path) if path.is_dir() else [path])]
+    return str(path.relative_to(root)), sum(s.st_size for s in found), max(s.st_mtime_ns for s in found)
+
+
+def frames_in(folder: Path) -> list[Path]:
+    """The numbered pictures of a folder, by the number that their names end in; none if it holds clips too."""
+    files = sorted(folder.iterdir())
+    if any(p.suffix.lower() in CLIP_SUFFIXES for p in files):
+        return []
+    return sorted((p for p in files if p.suffix.lower() in FRAME_SUFFIXES and frame_number(p) >= 0), key=frame_number)
+
+
+def frame_number(path: Path) -> int:
+    """7 of `take2_0007.png`; -1 if the name does not end in a number."""
+    found = re.search(r"[0-9]+$", path.stem)
+    return int(found[0]) if found else -1
 
 
 class Folder:
-    """Pictures in a folder and below, sorted by path.
+    """Pictures or clips in a folder and below, sorted by path.
 
-    `metadata.jsonl` (one object a line, with `file_name` and `text` or `caption`) speaks for the pictures in its folder and
-    below; a `.txt` of the picture's own name speaks for the others.
+    `metadata.jsonl` (one object a line, with `file_name` and `text` or `caption`) speaks for the files in its folder and
+    below; a `.txt` of the file's own name speaks for the others. A folder of numbered pictures is a clip, and is captioned as
+    a file is: `walk/0001.png` and on by `walk.txt`, or by `walk` in a metadata.jsonl.
+
+    Args:
+        folder: where.
+        clips: it holds clips, not pictures.
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: no pictures, or a metadata.jsonl that cannot be read.
+        ValueError: no pictures (or clips), or a metadata.jsonl that cannot be read.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, clips: bool = False):
         if not folder.is_dir():
             raise FileNotFoundError(f"data.path {folder} does not exist.")
-        self._folder = folder
+        self._folder, self._clips = folder, clips
         self._records = list(self._find())
 
     def _find(self) -> Iterator[Record]:
         files = sorted(self._folder.rglob("*"))
         captions = {p: text for file in files if file.name == "metadata.jsonl" for p, text in _metadata(file).items()}
-        pictures = [p for p in files if p.suffix.lower() in SUFFIXES]
-        if not pictures:
-            tars = " It holds tar files; name them, as in shards/*.tar." if any(p.suffix == ".tar" for p in files) else ""
-            raise ValueError(f"{self._folder} holds no pictures; looked for {', '.join(sorted(SUFFIXES))}.{tars}")
+        suffixes, noun = (CLIP_SUFFIXES, "clips") if self._clips else (SUFFIXES, "pictures")
+        found = [p for p in files if p.suffix.lower() in suffixes and p.is_file()]
+        if self._clips:
+            found = sorted([*found, *(p for p in files if p.is_dir() and frames_in(p))])
+        if not found:
+            hint = " It holds tar files; name them, as in shards/*.tar." if any(p.suffix == ".tar" for p in files) else ""
+            if self._clips and frames_in(self._folder):
+                hint = " It holds numbered pictures: give the folder that this folder is in, or leave data.clips out."
+            raise ValueError(f"{self._folder} holds no {noun}; looked for {', '.join(sorted(suffixes))}.{hint}")
+        known = set(found)
         for path in captions:
-            if not path.is_file():
+            if not path.is_file() and path not in known:
                 yield Record(str(path), problem="is named in metadata.jsonl but is not there")
-        for path in pictures:
-            words = path.with_suffix(".txt")
+        for path in found:
+            words = path.with_name(f"{path.name}.txt") if path.is_dir() else path.with_suffix(".txt")
             if path in captions:
                 yield Record(str(path), path, captions[path])
             elif words.is_file():
@@ -159,15 +195,17 @@ class TarShards:
     Args:
         pattern: a file, a glob (`shards/*.tar`), braces (`shards/{000..099}.tar`), an http(s) address, or `pipe:` and a
             command. The caption is a `.txt`, or a `.json` with `text` or `caption`.
+        clips: they hold clips, not pictures.
 
     Raises:
         FileNotFoundError: no file matches.
     """
 
-    def __init__(self, pattern: str):
-        _needs("webdataset", "Tar shards")
+    def __init__(self, pattern: str, clips: bool = False):
+        needs("webdataset", "Tar shards", "data")
         from webdataset.shardlists import expand_urls
 
+        self._suffixes, self._noun = (CLIP_SUFFIXES, "clip") if clips else (SUFFIXES, "picture")
         self._urls = [url for part in expand_urls(pattern) for url in (sorted(glob(part)) if "*" in part else [part])]
         self._local = [Path(url) for url in self._urls if "://" not in url and not url.startswith("pipe:")]
         missing = [path for path in self._local if not path.is_file()]
@@ -197,20 +235,37 @@ class TarShards:
             for member in tar_file_expander(url_opener(iter([{"url": url}]), handler=note), handler=note):
                 name = member.get("fname", "")
                 suffix = "." + (base_plus_ext(name)[1] or "").lower()
-                if not name or suffix in SUFFIXES or suffix in (".txt", ".json"):  # no name: the shard's end
+                if not name or suffix in self._suffixes or suffix in (".txt", ".json"):  # no name: the shard's end
                     yield member
                 elif suffix != ".cls":  # class numbers are usual beside captions
-                    problems.append(Record(f"{url}: {name}", problem="is neither a picture nor a caption"))
+                    problems.append(Record(f"{url}: {name}", problem=f"is neither a {self._noun} nor a caption"))
 
         for url in self._urls:
             for sample in group_by_keys(members(), handler=note):
-                yield _record_of_sample(sample, url)
+                yield self._record_of(sample, url)
                 yield from problems
                 problems.clear()
             if _is_cut_off(Path(url)):
                 problems.append(Record(url, problem="does not end as a tar file does: it was cut off"))
             yield from problems
             problems.clear()
+
+    def _record_of(self, sample: dict[str, Any], url: str) -> Record:
+        name = f"{url}: {sample['__key__']}"
+        content = next((v for k, v in sample.items() if f".{k}" in self._suffixes), None)
+        try:
+            if "txt" in sample:
+                caption = sample["txt"].decode("utf-8")
+            else:
+                entry = json.loads(sample.get("json", b"{}"))
+                caption = next((entry[key] for key in CAPTION_NAMES if isinstance(entry.get(key), str)), None)
+        except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+            return Record(name, problem=f"has a caption that cannot be read: {error}")
+        if content is None:
+            return Record(name, problem=f"has no {self._noun}")
+        if caption is None:
+            return Record(name, problem="has no caption: no .txt, no .json with text or caption")
+        return Record(name, content, caption.strip())
 
 
 def _is_cut_off(path: Path) -> bool:
@@ -220,24 +275,6 @@ def _is_cut_off(path: Path) -> bool:
     with path.open("rb") as file:
         file.seek(max(path.stat().st_size - 512, 0))
         return any(file.read())
-
-
-def _record_of_sample(sample: dict[str, Any], url: str) -> Record:
-    name = f"{url}: {sample['__key__']}"
-    content = next((v for k, v in sample.items() if f".{k}" in SUFFIXES), None)
-    try:
-        if "txt" in sample:
-            caption = sample["txt"].decode("utf-8")
-        else:
-            entry = json.loads(sample.get("json", b"{}"))
-            caption = next((entry[key] for key in CAPTION_NAMES if isinstance(entry.get(key), str)), None)
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
-        return Record(name, problem=f"has a caption that cannot be read: {error}")
-    if content is None:
-        return Record(name, problem="has no picture")
-    if caption is None:
-        return Record(name, problem="has no caption: no .txt, no .json with text or caption")
-    return Record(name, content, caption.strip())
 
 
 class Table:
@@ -253,7 +290,7 @@ class Table:
     """
 
     def __init__(self, config: DataConfig, parquet: bool):
-        _needs("datasets", "Parquet files and hub datasets")
+        needs("datasets", "Parquet files and hub datasets", "data")
         import datasets
 
         if parquet:
@@ -266,12 +303,14 @@ class Table:
             arguments = {"path": config.path, "name": config.subset or None}
         rows = datasets.load_dataset(**arguments, split=config.split, streaming=config.streaming)
         features = rows.features or {}
-        self._image = config.image_column or next((k for k, f in features.items() if isinstance(f, datasets.Image)), "image")
+        kind = datasets.Video if config.clips else datasets.Image
+        first = next((k for k, f in features.items() if isinstance(f, kind)), "video" if config.clips else "image")
+        self._image, self._noun = config.image_column or first, config.noun
         self._caption = config.caption_column or next((k for k in CAPTION_NAMES if k in features), "text")
         for setting, column in (("image_column", self._image), ("caption_column", self._caption)):
             if column not in features:
                 raise ValueError(f"data.{setting}: {config.path} has no column {column!r}; it has {', '.join(features)}.")
-        self._name, self._rows = config.path, rows.cast_column(self._image, datasets.Image(decode=False))
+        self._name, self._rows = config.path, rows.cast_column(self._image, kind(decode=False))
 
     @property
     def identity(self) -> object:
@@ -287,7 +326,7 @@ class Table:
             name, picture, caption = f"{self._name}, row {number}", row[self._image], row[self._caption]
             content = picture and (picture["bytes"] or (Path(picture["path"]) if picture["path"] else None))
             if not content:
-                yield Record(name, problem="has no picture")
+                yield Record(name, problem=f"has no {self._noun}")
             elif not isinstance(caption, str):
                 yield Record(name, problem=f"has no caption: {self._caption} is {caption!r}")
             else:

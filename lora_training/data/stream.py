@@ -1,4 +1,4 @@
-"""Pictures encoded as they are read, for sets too large to keep: shuffled through a buffer, the same order every time."""
+"""Encoding what is read as it is read, for sets too large to keep: shuffled through a buffer, the same order every time."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 
 from ..backbones import Backbone, Conditioning
 from ..config import DataConfig
-from .latent_cache import Bucket, Example, TrainingData, check_share, drawn, empty_conditioning, encode
-from .pictures import Size, bucket_sizes, nearest_bucket, upright_size
+from .latent_cache import Bucket, Example, TrainingData, bucket_of, check_share, drawn, empty_conditioning, encode
+from .pictures import Size, bucket_sizes
 from .sources import Record, Source
 
-_FIXED = 16  # pictures for validation
+_FIXED = 16  # pictures or clips for validation
 _CHECKED_FROM = 100  # records, before the share of bad ones means something
 
 
@@ -34,7 +34,7 @@ class StreamingData:
         process, processes: whose part this is.
 
     Raises:
-        ValueError: no picture can be used, or too few.
+        ValueError: none can be used, or too few.
     """
 
     def __init__(self, source: Source, config: DataConfig, backbone: Backbone, seed: int, process: int = 0, processes: int = 1):
@@ -51,11 +51,11 @@ class StreamingData:
         self.captions = self.fixed.captions
 
     def _first(self) -> TrainingData:
-        """The first pictures, of one size."""
+        """The first pictures or clips, of one size."""
         size, records = next(self._sized(_FIXED, shuffled=False))
         example, left_out = encode(records, size, self._backbone, self._config)
         if example is None:
-            raise ValueError("None of the first pictures can be used:\n" + "\n".join(left_out))
+            raise ValueError(f"None of the first {self._config.noun}s can be used:\n" + "\n".join(left_out))
         return TrainingData({size: Bucket((example,))}, self.empty, tuple(record.caption for record in records))
 
     @property
@@ -64,9 +64,9 @@ class StreamingData:
         return self.fixed.largest_bucket
 
     def describe(self) -> str:
-        """How many pictures, as far as is known."""
-        total = self._source.total
-        return f"{'an unknown number of' if total is None else total} captioned pictures, streamed without a cache"
+        """How many, as far as is known."""
+        total, noun = self._source.total, self._config.noun
+        return f"{'an unknown number of' if total is None else total} captioned {noun}s, streamed without a cache"
 
     def __len__(self) -> int:
         return self._source.total or 0
@@ -95,7 +95,7 @@ class StreamingData:
         draw.shuffle(buffer)
         yield from buffer
         if not usable:
-            raise ValueError("data.path: no picture can be used.\n" + "\n".join(self._left_out[:20]))
+            raise ValueError(f"data.path: no {self._config.noun} can be used.\n" + "\n".join(self._left_out[:20]))
 
     def _leave_out(self, lines: Sequence[str], epoch: int) -> None:
         if epoch == 0 and lines:
@@ -110,7 +110,7 @@ class StreamingData:
         for epoch in count():
             for record in self._records(epoch, shuffled):
                 try:
-                    size = nearest_bucket(upright_size(record), sizes) if len(sizes) > 1 else sizes[0]
+                    size = bucket_of(record, sizes, self._config)
                 except ValueError as error:
                     self._leave_out([str(error)], epoch)
                     continue
@@ -143,9 +143,9 @@ class StreamingData:
     def draw(
         self, batch_size: int, generator: torch.Generator, device: torch.device, caption_dropout: float = 0.0
     ) -> tuple[torch.Tensor, Conditioning]:
-        """Latents of one size drawn from their posterior, (B, 4, h, w), and their conditioning, float32.
+        """Latents of one size drawn from their posterior, (B, 4, h, w) or (B, 4, F, h, w), and their conditioning, float32.
 
-        A picture that turns out to be broken is replaced by another of its batch, so that the order of the others stays.
+        One that turns out to be broken is replaced by another of its batch, so that the order of the others stays.
         """
         if self._batches is None:
             self.skip(0, batch_size)
