@@ -505,7 +505,11 @@ class TrainConfig:
             for name, value in video_only.items():
                 if value:
                     raise ValueError(f"{name} is for model.family animatediff; got {value!r} with {self.model.family}.")
+            if self.data.clips is not None:
+                raise ValueError(f"data.clips is for model.family animatediff; {self.model.family} learns from pictures.")
             return
+        if self.data.clips is None:
+            raise ValueError("model.family animatediff learns from clips: set data.clips, `data.clips: {}` for the usual.")
         if not self.model.motion_adapter:
             raise ValueError(
                 "model.family animatediff needs model.motion_adapter: a diffusers MotionAdapter folder or hub id, such as "

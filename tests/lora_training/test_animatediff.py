@@ -16,6 +16,8 @@ from lora_training.backbones.animatediff import load_motion_adapter
 from lora_training.clips import batch_as_frames, draw_noise, frames_as_batch
 from lora_training.config import (
     AdversarialConfig,
+    ClipConfig,
+    DataConfig,
     LoraConfig,
     ModelConfig,
     ObjectiveConfig,
@@ -25,6 +27,7 @@ from lora_training.config import (
     ValidationConfig,
 )
 from lora_training.critic_features import cropped, draw_corners, implied_x0, pyramid
+from lora_training.data.clips import write_clip
 from lora_training.data.latent_cache import Bucket, Example, TrainingData, empty_conditioning
 from lora_training.discriminator import AdversarialLoss, Critic
 from lora_training.distances import build_distance
@@ -57,6 +60,11 @@ def model_config(folders, **settings):
     return ModelConfig(**(named | {"beta_schedule": "linear"} | settings))
 
 
+WITH_MOTION = ModelConfig(family="animatediff", motion_adapter="m")
+CLIPS = DataConfig(clips=ClipConfig())
+read_from_disk = Run._load_data
+
+
 @pytest.fixture(autouse=True)
 def clips(monkeypatch):
     """Runs draw from four random clips in place of data on disk."""
@@ -74,9 +82,10 @@ def clips(monkeypatch):
     monkeypatch.setattr(Run, "_load_data", four)
 
 
-def config_for(folders, output, steps=2, model=None, **settings):
+def config_for(folders, output, steps=2, model=None, data=None, **settings):
     return TrainConfig(
         model=model or model_config(folders),
+        data=data or CLIPS,
         objective=ObjectiveConfig(guidance_scale=3.0),
         optimizer=OptimizerConfig(learning_rate=1e-3, batch_size=2, steps=steps),
         sampling=SamplingConfig(guidance_scale=1.5),
@@ -477,18 +486,33 @@ def test_every_weight_of_a_video_unet_is_trained_too(folders, tmp_path):
     torch.testing.assert_close(predicted(pipe.unet, *told), student, atol=2e-2, rtol=0)  # a file in fp16
 
 
+def test_a_folder_of_clips_trains(folders, tmp_path, monkeypatch):
+    """The way that users go: files of clips with their words, encoded, cached, trained on."""
+    monkeypatch.setattr(Run, "_load_data", read_from_disk)
+    for i in range(2):
+        frames = (torch.arange(FRAMES).view(-1, 1, 1, 1) * 20 + 40 * i).expand(FRAMES, 3, 64, 64).byte()
+        write_clip(frames, tmp_path / "clips" / f"{i}.gif", fps=8)
+        (tmp_path / "clips" / f"{i}.txt").write_text(f"brighter {i}")
+    data = DataConfig(str(tmp_path / "clips"), resolution=64, clips=ClipConfig(frames=FRAMES), encode_batch_size=4)
+    run = Run(config_for(folders, tmp_path / "a.safetensors", data=data))
+    assert run.latent_shape[1] == FRAMES
+    assert run.train().is_file()
+    longer = dataclasses.replace(data, clips=ClipConfig(frames=FRAMES + 1))
+    with pytest.raises(ValueError, match=str(FRAMES)):
+        Run(config_for(folders, tmp_path / "b.safetensors", data=longer))
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"model": ModelConfig(family="animatediff")}, "model.motion_adapter"),
+        ({"model": ModelConfig(family="animatediff"), "data": CLIPS}, "model.motion_adapter"),
+        ({"model": WITH_MOTION}, "animatediff learns from clips"),
+        ({"data": CLIPS}, "sd15 learns from pictures"),
         ({"model": ModelConfig(image_adapter="x.safetensors")}, "image_adapter is for model.family animatediff"),
         ({"objective": ObjectiveConfig(shared_noise=0.5)}, "shared_noise is for"),
         ({"lora": LoraConfig(parts="motion")}, r"lora\.parts is for"),
-        ({"model": ModelConfig(family="animatediff", motion_adapter="m"), "lora": LoraConfig(dora=True)}, "magnitudes"),
-        (
-            {"model": ModelConfig(family="animatediff", motion_adapter="m"), "objective": ObjectiveConfig(shared_noise=2)},
-            "between 0 and 1",
-        ),
+        ({"model": WITH_MOTION, "data": CLIPS, "lora": LoraConfig(dora=True)}, "magnitudes"),
+        ({"model": WITH_MOTION, "data": CLIPS, "objective": ObjectiveConfig(shared_noise=2)}, "between 0 and 1"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings, says):

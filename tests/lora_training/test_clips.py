@@ -20,7 +20,7 @@ from PIL import Image
 from transformers import CLIPTextModel
 
 from lora_training.backbones.sd15 import StableDiffusion15
-from lora_training.config import ClipConfig, DataConfig, TrainConfig
+from lora_training.config import ClipConfig, DataConfig, ModelConfig, TrainConfig
 from lora_training.data import clips, latent_cache
 from lora_training.data.clips import clip_size, load_clip, window, write_clip
 from lora_training.data.latent_cache import LatentCache
@@ -577,12 +577,13 @@ def test_a_stream_of_clips_goes_on_after_a_break(tmp_path, backbone, shards):
 
 
 def test_clip_settings_are_read_and_checked(tmp_path, capsys):
+    family = ["--model.family", "animatediff", "--model.motion_adapter", "m"]
     assert parse([]).data.clips is None
-    assert parse(["--data.clips", "{}"]).data.clips == ClipConfig()
-    assert parse(["--data.clips.frames", "8", "--data.clips.fps", "8"]).data.clips == ClipConfig(frames=8, fps=8.0)
+    assert parse([*family, "--data.clips", "{}"]).data.clips == ClipConfig()
+    assert parse([*family, "--data.clips.frames", "8", "--data.clips.fps", "8"]).data.clips == ClipConfig(frames=8, fps=8.0)
     file = tmp_path / "a.yaml"
     file.write_text("data: {clips: {frames: 24, start: random}}")
-    assert parse(["--config", str(file)]).data.clips == ClipConfig(frames=24, start="random")
+    assert parse([*family, "--config", str(file)]).data.clips == ClipConfig(frames=24, start="random")
     for wrong in (["--data.clips.framez", "8"], ["--data.clips", "{framez: 8}"]):
         with pytest.raises(SystemExit):
             parse(wrong)
@@ -590,4 +591,6 @@ def test_clip_settings_are_read_and_checked(tmp_path, capsys):
     refused = {"frames must be 1": {"frames": 0}, "fps must be 0": {"fps": -1.0}, "fps=8 and": {"fps": 8.0, "stride": 2}}
     for words, settings in refused.items():
         with pytest.raises(ValueError, match=rf"data\.clips\.{words}"):
-            TrainConfig(data=DataConfig(clips=ClipConfig(**settings)))
+            TrainConfig(
+                model=ModelConfig(family="animatediff", motion_adapter="m"), data=DataConfig(clips=ClipConfig(**settings))
+            )
