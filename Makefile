@@ -36,8 +36,8 @@ types: $(STAMP)
 report: $(STAMP) ## docs/results.md: every claim measured on the shapes model; an hour
 	$(PY) examples/shapes/write_prompts.py outputs/shapes_prompts.txt --count 512
 	$(PY) examples/shapes/write_prompts.py outputs/shapes_pairs.jsonl --count 128
-	OMP_NUM_THREADS=1 $(PY) -m accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no \
-		--dynamo_backend no -m lora_training.evaluation examples/evaluation/shapes.yaml
+	ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 $(PY) -m accelerate.commands.launch \
+		--config_file examples/accelerate/two_processes_cpu.yaml -m lora_training.evaluation examples/evaluation/shapes.yaml
 	$(PY) examples/shapes/report.py
 
 bench: $(STAMP) ## the tables in benchmarks/README.md and docs/editing.md; hours
