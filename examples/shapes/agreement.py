@@ -5,6 +5,11 @@ examples/shapes/agreement.py:embedding_features  what and where: consistency, di
 examples/shapes/agreement.py:form_maps           the same before it is averaged, for a critic (`adversarial.factory`): the
                                                  adapter must then be measured in something else
 examples/shapes/agreement.py:caption_agreement   whether everything a text names is there: alignment, negative prompts
+
+and of clips, which have one more dimension:
+
+examples/shapes/agreement.py:motion_agreement            whether the motion that a text names is made
+examples/shapes/agreement.py:motion_and_scene_agreement  and everything else it names is in the middle frame
 """
 
 from __future__ import annotations
@@ -15,9 +20,11 @@ from dataclasses import dataclass
 from itertools import permutations
 
 import torch
+from motion import measure_motion
 from torch import nn
 
 from attributes import AttributeClassifier, Logits, load_classifier
+from moving import KINDS, SPEEDS
 from scenes import BACKGROUNDS, COLOURS, PLACE_WORDS, PLACES, SHAPES, SIZE_WORDS, SIZES, TEXTURES
 
 FORM_BLOCKS = 3  # 64 channels that look at 22 pixels: local form, edges, texture. Deeper ones are trained not to see blur
@@ -33,6 +40,10 @@ _TEXTURE_WORDS = {"stripes": "striped", "checks": "checkered", "dots": "dotted"}
 _BACKGROUND = re.compile(
     rf"\bon an? (?:({'|'.join(TEXTURES)}) )?({'|'.join(BACKGROUNDS)}) background(?: with ({'|'.join(_TEXTURE_WORDS)}))?"
 )
+
+
+_MOTION = re.compile(rf"\b({'|'.join(words for table in KINDS.values() for words in table.words)})(?: ({'|'.join(SPEEDS)}))?\b")
+_MOTION_KINDS = {words: kind for kind, table in KINDS.items() for words in table.words}
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,34 @@ def read_text(text: str) -> Named:
     if not objects and background is None:
         raise ValueError(f"No shape, colour, size, place or background is named in {text!r}.")
     return Named(tuple(objects), background)
+
+
+@dataclass(frozen=True)
+class NamedMotion:
+    """The motion that a text names, of `moving.KINDS`; its speed and the colour of what makes it, or None."""
+
+    kind: str
+    speed: str | None
+    colour: str | None
+
+
+def read_motion(text: str) -> tuple[NamedMotion, str]:
+    """The motion of `moving.caption`, and the text without its words, which `read_text` reads.
+
+    Raises:
+        ValueError: no motion is named, or more than one.
+    """
+    found = list(_MOTION.finditer(text))
+    if len(found) != 1:
+        told = f"{len(found)} motions are" if found else "No motion is"
+        raise ValueError(f"{told} named in {text!r}; one is judged. Known: {', '.join(_MOTION_KINDS)}.")
+    start, end = found[0].span()
+    words, speed = found[0].groups()
+    before = text[:start].split(" and ")[-1]
+    after = re.split(r" and | on an? ", text[end:])[0]
+    colour = _attributes(before + after).get("colour")
+    named = NamedMotion(_MOTION_KINDS[words], speed, None if colour is None else _NAMES["colour"][colour])
+    return named, f"{text[:start].rstrip()}{text[end:]}".strip()
 
 
 def _attributes(phrase: str) -> dict[str, int]:
@@ -98,6 +137,34 @@ class CaptionAgreement(nn.Module):
     def forward(self, pictures: torch.Tensor, texts: Sequence[str]) -> torch.Tensor:
         logits = self.classifier(pictures.float())
         return torch.tensor([float(_shown(logits, i, read_text(text))) for i, text in enumerate(texts)])
+
+
+class MotionAgreement(nn.Module):
+    """1 where a clip makes the motion that its text names, at the speed if one is named, else 0.
+
+    Args:
+        classifier: if given, everything else that the text names must be in the middle frame too.
+    """
+
+    def __init__(self, classifier: AttributeClassifier | None = None):
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, clips: torch.Tensor, texts: Sequence[str]) -> torch.Tensor:
+        """Scores (N,) of clips (N, F, 3, H, W) in [-1, 1], each beside its own of N texts.
+
+        Raises:
+            ValueError: a text names no motion or several, or nothing else where the scene is judged too.
+        """
+        motions, rests = zip(*map(read_motion, texts), strict=True)
+        # before the clips are measured, for a text that cannot be read
+        scenes = [read_text(rest) for rest in rests] if self.classifier is not None else []
+        shown = measure_motion(clips, [motion.colour for motion in motions])
+        right = [m.kind == s.kind and m.speed in (None, s.speed) for m, s in zip(motions, shown, strict=True)]
+        if self.classifier is not None:
+            logits = self.classifier(clips[:, clips.shape[1] // 2].float())
+            right = [made and _shown(logits, i, scenes[i]) for i, made in enumerate(right)]
+        return torch.tensor(right, dtype=torch.float32)
 
 
 class _Part(nn.Module):
@@ -145,3 +212,13 @@ def embedding_features() -> nn.Module:
 def caption_agreement() -> CaptionAgreement:
     """Agreement with captions of the shapes model."""
     return CaptionAgreement(load_classifier())
+
+
+def motion_agreement() -> MotionAgreement:
+    """Agreement with the motion in captions of moving scenes."""
+    return MotionAgreement()
+
+
+def motion_and_scene_agreement() -> MotionAgreement:
+    """Agreement with all of captions of moving scenes."""
+    return MotionAgreement(load_classifier())

@@ -58,6 +58,7 @@ TEXTURES = ("plain", "striped", "checkered", "dotted")
 TRAIN_SEED = 1  # autoencoder, denoiser, adapters
 CLASSIFIER_SEED, CLASSIFIER_TEST_SEED = 2, 102
 TEST_SEED, SEARCH_SEED = 103, 104  # what is measured, and what settings are chosen by
+MOTION_TRAIN_SEED, MOTION_TEST_SEED = 5, 105  # moving scenes: motion adapters, and what they are measured on
 
 # One colour of every shape is never drawn in training: the held-out combinations.
 HELD_OUT = frozenset((shape, tuple(COLOURS)[(3 * i + 1) % len(COLOURS)]) for i, shape in enumerate(SHAPES))
@@ -98,7 +99,11 @@ def sample_scene(seed: int, index: int, held_out: bool = False) -> Scene:
         index: which scene; any order, any subset.
         held_out: False never draws a held-out (shape, colour) pair; True makes the first object one.
     """
-    rng = np.random.default_rng((seed, index))
+    return draw_scene(np.random.default_rng((seed, index)), held_out)
+
+
+def draw_scene(rng: np.random.Generator, held_out: bool = False) -> Scene:
+    """The next scene that a generator draws; see `sample_scene`."""
     places = OPPOSITE_PLACES[rng.integers(4)] if rng.random() < 0.5 else (list(PLACES)[rng.integers(len(PLACES))],)
     if len(places) == 2 and rng.random() < 0.5:
         places = places[::-1]
@@ -152,13 +157,14 @@ TEXTURE_WORDS = {
 OPENINGS = ("", "", "", "a picture of ", "a drawing of ", "an image of ")
 
 
-def caption(scene: Scene, rng: np.random.Generator | None = None, omit: float = 0.0) -> str:
+def caption(scene: Scene, rng: np.random.Generator | None = None, omit: float = 0.0, doing: Sequence[str] | None = None) -> str:
     """Word a scene.
 
     Args:
         scene: what to describe.
         rng: chooses among the wordings and the order of two objects; None gives the plainest wording.
         omit: probability with which each of size, place and background is left unsaid (independently).
+        doing: of each object, words that follow its own, such as "moving left"; "" for none.
     """
 
     def choose(options: Sequence[str]) -> str:
@@ -174,10 +180,10 @@ def caption(scene: Scene, rng: np.random.Generator | None = None, omit: float = 
         return f"{article} {phrase}" + (f" {choose(PLACE_WORDS[obj.place])}" if with_place else "")
 
     with_size, with_place = said(), said()
-    objects = list(scene.objects)
+    objects = list(zip(scene.objects, doing or [""] * len(scene.objects), strict=True))
     if rng is not None and rng.random() < 0.5:
         objects.reverse()
-    text = choose(OPENINGS) + " and ".join(words(obj, with_size, with_place) for obj in objects)
+    text = choose(OPENINGS) + " and ".join(f"{words(obj, with_size, with_place)} {does}".rstrip() for obj, does in objects)
     if said():
         text += " " + choose(TEXTURE_WORDS[scene.texture]).format(b=scene.background)
     return text
