@@ -79,20 +79,16 @@ def test_motions_are_as_large_as_they_say():
 
 
 def test_clockwise_is_clockwise():
-    """A quarter turn, half-way through which a triangle points up."""
-    scene = Scene((Object("triangle", "black", "large", "center"),), "sky", "plain")
-    cover = object_masks([frames(Clip(scene, Motion("clockwise", "slowly", np.pi / 2)))[i] for i in (0, -1)])[:, 0]
-    columns, rows = cover.sum(1), cover.sum(2)
-
-    def skew(profile: torch.Tensor) -> float:
-        """Positive for a tail at the high end."""
-        x = torch.arange(128.0)
-        mean = (profile * x).sum() / profile.sum()
-        return float((profile * (x - mean) ** 3).sum())
-
-    assert skew(columns[0]) < 0  # begins pointing up and left
-    assert skew(columns[1]) > 0  # and ends pointing up and right
-    assert max(skew(rows[0]), skew(rows[1])) < 0
+    """A crescent's weight is on its left; a turn that has it there half-way takes it from the lower left to the upper left."""
+    scene = Scene((Object("crescent", "black", "large", "center"),), "sky", "plain")
+    for kind, sense in (("clockwise", 1), ("counterclockwise", -1)):
+        turning = frames(Clip(scene, Motion(kind, "slowly", np.pi / 2)))
+        cover = object_masks([turning[0], turning[-1]])[:, 0]
+        area = cover.sum((1, 2))
+        x, y = (cover.sum(side) @ (torch.arange(128.0) + 0.5) / area - 64 for side in (1, 2))
+        assert max(x) < -3
+        assert sense * y[0] > 3
+        assert sense * y[1] < -3
 
 
 def test_every_caption_is_read_back():
