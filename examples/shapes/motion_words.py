@@ -2,11 +2,12 @@
 
 The text encoder knows 60 words. What else it is given falls into pieces whose embeddings were never trained, and it has
 learned to ignore them: neither its own output nor the UNet's attention to it tells "growing" from "shrinking". Here every
-word of `moving` that is no token becomes one, and its embedding alone is trained (textual inversion, arXiv:2208.01618) so that
-the mean of the text encoder's output names the kind of motion and its speed. No other weight changes, so captions without such
-words are encoded exactly as before. A motion adapter may go on training these rows.
+word of `moving` that is no token becomes one, and its embedding alone is trained (textual inversion, arXiv:2208.01618) for two
+things: that the mean of the text encoder's output names the kind of motion and its speed, and that the UNet draws what it would
+draw without the words. No other weight changes, so captions without such words are encoded exactly as before. A motion adapter
+may go on training these rows.
 
-    python examples/shapes/motion_words.py        # about two minutes on two cores
+    python examples/shapes/motion_words.py        # a few minutes on two cores
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from agreement import read_motion
 from safetensors.torch import load_file
 from tokenizers import AddedToken
 from torch import nn
@@ -28,14 +30,17 @@ from lora_training.cpu import keep_freed_memory
 from pcm_scheduler.lora_file import write_safetensors
 
 import moving
+from denoising import cached_moments, drawn_latents, noised
 from model import HERE, RUNS_DIR, load_pipeline
 from moving import KINDS, SPEEDS, Clip, sample_clip
-from scenes import MOTION_TEST_SEED, MOTION_TRAIN_SEED
+from scenes import MOTION_TEST_SEED, MOTION_TRAIN_SEED, render
 from training import train
 
 WORDS_FILE = HERE / "motion_words.safetensors"
 OMIT = 0.1  # size, place, background and speed are left unsaid this often
-START_NORM = 0.9  # as the embeddings of words that were trained
+START_NORM = 0.22  # as of the embeddings that were never trained: the UNet ignores them
+KEPT_WEIGHT = 10.0  # of what the words change in the UNet's prediction, as a share of what the whole caption does
+KEPT_BATCH, KEPT_CLIPS = 12, 512
 PROBE_CAPTIONS, PROBE_TEST = 4000, 1000
 _EMBEDDING = "embeddings.token_embedding.weight"
 
@@ -110,13 +115,18 @@ class MotionReader(nn.Module):
         return scores[:, : len(KINDS)], scores[:, len(KINDS) :]
 
 
+def tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
+    """Texts as tokens (N, L), padded as pipelines do."""
+    padded = tokenizer(texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True)
+    return torch.tensor(padded.input_ids)
+
+
 def told(tokenizer: CLIPTokenizer, clips: list[Clip], rng: np.random.Generator) -> tuple[torch.Tensor, ...]:
     """Captions in random wordings as tokens (N, L), kinds (N,) and speeds (N,), where the last is for none said."""
     texts = [moving.caption(clip, rng, OMIT) for clip in clips]
-    padded = tokenizer(texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True)
     kinds = [list(KINDS).index(clip.motion.kind) for clip in clips]
     said = [next((i for i, speed in enumerate(SPEEDS) if speed in text.split()), len(SPEEDS)) for text in texts]
-    return torch.tensor(padded.input_ids), torch.tensor(kinds), torch.tensor(said)
+    return tokens(tokenizer, texts), torch.tensor(kinds), torch.tensor(said)
 
 
 def linear_probe(train_set: tuple[torch.Tensor, torch.Tensor], test_set: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -162,8 +172,8 @@ def probe(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> dict[str, fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=240)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--clips", type=int, default=8192)
     args = parser.parse_args()
 
@@ -177,12 +187,33 @@ def main() -> None:
     torch.manual_seed(0)
     reader = MotionReader(tokenizer, text_encoder, words)
 
+    unet, vae, scheduler = pipe.unet.requires_grad_(False), pipe.vae, pipe.scheduler
+    moments = cached_moments(
+        vae, KEPT_CLIPS, lambda some: render([sample_clip(MOTION_TRAIN_SEED, i).scene for i in some]), "moving-moments"
+    )
+
+    def kept(generator: torch.Generator, rng: np.random.Generator) -> torch.Tensor:
+        """What the words change in the predicted noise, as a share of what the whole caption changes."""
+        which = torch.randint(KEPT_CLIPS, (KEPT_BATCH,), generator=generator)
+        texts = [moving.caption(clips[i], rng, OMIT) for i in which.tolist()]
+        given = noised(drawn_latents(moments, which, vae, generator), scheduler, generator, layout=True)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            scenes = text_encoder(tokens(tokenizer, [read_motion(text)[1] for text in texts])).last_hidden_state
+            nothing = text_encoder(tokens(tokenizer, [""])).last_hidden_state.expand_as(scenes)
+            aim = unet(given.sample, given.timesteps, scenes).sample.float()
+            empty = unet(given.sample, given.timesteps, nothing).sample.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            drawn = unet(given.sample, given.timesteps, reader.encode(tokens(tokenizer, texts))).sample.float()
+        errors = [(given.weight * (other - aim).square().mean((1, 2, 3))).mean() for other in (drawn, empty)]
+        return errors[0] / errors[1]
+
     def loss(generator: torch.Generator) -> torch.Tensor:
         which = torch.randint(len(clips), (args.batch,), generator=generator).tolist()
         rng = np.random.default_rng(torch.randint(2**62, (), generator=generator).item())
         ids, kinds, speeds = told(tokenizer, [clips[i] for i in which], rng)
         kind_scores, speed_scores = reader(ids)
-        return F.cross_entropy(kind_scores, kinds) + F.cross_entropy(speed_scores, speeds)
+        reading = F.cross_entropy(kind_scores, kinds) + F.cross_entropy(speed_scores, speeds)
+        return reading + KEPT_WEIGHT * kept(generator, rng)
 
     train(reader, loss, steps=args.steps, peak_learning_rate=2e-2, checkpoint=RUNS_DIR / "motion_words.safetensors")
     rows = {word: row.detach().half() for word, row in zip(words, reader.rows, strict=True)}

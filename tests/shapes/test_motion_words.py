@@ -58,7 +58,7 @@ def test_words_are_added_once_and_of_the_right_width(shipped, taught):
 
 
 def test_the_kind_of_motion_can_be_read_with_them(shipped, taught):
-    """A linear probe on few captions is below the figures in the file; without the words it is nowhere near."""
+    """Measured 0.91 and 0.47; 200 captions have standard errors of 0.02 and 0.035. The file's figures are of more."""
     right = {}
     for name, (tokenizer, text_encoder) in (("shipped", shipped), ("taught", taught)):
         sets = []
@@ -68,5 +68,5 @@ def test_the_kind_of_motion_can_be_read_with_them(shipped, taught):
             with torch.no_grad():
                 sets.append((text_encoder(ids).last_hidden_state.mean(1), kinds))
         right[name] = linear_probe(*sets).float().mean().item()
-    assert right["taught"] > 0.9, right
-    assert right["shipped"] < 0.75, right
+    assert right["taught"] > 0.8, right
+    assert right["shipped"] < 0.6, right
