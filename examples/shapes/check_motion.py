@@ -52,7 +52,8 @@ def main() -> None:
     rows = []
     for kind in KINDS:
         shares = [right[kind, column] for column in columns]
-        rows.append([kind, len(shares[0]), *(f"{sum(values) / max(len(values), 1):.1%}" for values in shares)])
+        if shares[0]:
+            rows.append([kind, len(shares[0]), *(f"{sum(values) / len(values):.1%}" for values in shares)])
     print(tabulate(rows, ["kind", "clips", *columns]))
 
 
