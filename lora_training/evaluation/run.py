@@ -159,22 +159,17 @@ class Evaluation:
         if not asked.scales or scorer is None:
             return []
         prompts = self.prompts[: asked.count]
-        batches, names = self._batches(prompts), asked.methods or [method.name for method in self.methods]
-        jobs = [(name, seed) for seed in self.config.seeds for name in names]
-        found = {
-            (name, seed): guidance_response(self._drawing(name, asked.steps, len(prompts), seed), scorer, batches, asked.scales)
-            for name, seed in tqdm(jobs, desc="guidance", unit="method")
-        }
-        return over_seeds(
-            [
-                [
-                    {"method": name, "steps": asked.steps} | response._asdict()
-                    for name in names
-                    for response in found[name, seed]
-                ]
-                for seed in self.config.seeds
-            ]
-        )
+        batches = self._batches(prompts)
+
+        def rows(seed: int) -> Iterator[Row]:
+            for name in tqdm(
+                asked.methods or [method.name for method in self.methods], desc=f"guidance, seed {seed}", unit="method"
+            ):
+                draw = self._drawing(name, asked.steps, len(prompts), seed)
+                for response in guidance_response(draw, scorer, batches, asked.scales):
+                    yield {"method": name, "steps": asked.steps} | response._asdict()
+
+        return over_seeds([list(rows(seed)) for seed in self.config.seeds])
 
     def negative(self) -> list[Row]:
         """How often what a negative prompt names is in each method's pictures, without it and with it."""
@@ -182,19 +177,17 @@ class Evaluation:
         if not asked.pairs or scorer is None:
             return []
         pairs = read_pairs(asked.pairs)
-        batches, names = self._batches(pairs), asked.methods or [method.name for method in self.methods]
-        jobs = [(name, seed) for seed in self.config.seeds for name in names]
+        batches = self._batches(pairs)
         told = {"steps": asked.steps, "guidance_scale": asked.guidance_scale}
-        found = {
-            # each batch is drawn twice, from the same noise
-            (name, seed): negative_prompt_response(
-                self._drawing(name, asked.steps, len(pairs), seed, times=2), scorer, batches, asked.guidance_scale
-            )
-            for name, seed in tqdm(jobs, desc="negative prompts", unit="method")
-        }
-        return over_seeds(
-            [[{"method": name} | told | found[name, seed]._asdict() for name in names] for seed in self.config.seeds]
-        )
+
+        def rows(seed: int) -> Iterator[Row]:
+            for name in tqdm(
+                asked.methods or [method.name for method in self.methods], desc=f"negative prompts, seed {seed}", unit="method"
+            ):
+                draw = self._drawing(name, asked.steps, len(pairs), seed, times=2)  # each batch twice, from the same noise
+                yield {"method": name} | told | negative_prompt_response(draw, scorer, batches, asked.guidance_scale)._asdict()
+
+        return over_seeds([list(rows(seed)) for seed in self.config.seeds])
 
     def _batches(self, items: Sequence[Item]) -> list[Sequence[Item]]:
         size = self.config.batch_size
