@@ -6,9 +6,9 @@ Guidance is diffusers' everywhere: g in eps_u + g (eps_c - eps_u). The papers' w
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -27,6 +27,23 @@ TARGET_SETS = {
         "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
     ),
 }  # fmt: skip
+
+
+def chosen(config: Any) -> dict[str, Any]:
+    """What a configuration says beside its defaults, group by group, so that a setting that is new changes nothing until used.
+
+    Args:
+        config: a dataclass; groups are its fields that are dataclasses by default.
+    """
+    told = {}
+    for item in fields(config):
+        value = getattr(config, item.name)
+        default = item.default if item.default_factory is MISSING else item.default_factory()
+        if value != default:
+            if is_dataclass(value) and not isinstance(value, type):
+                value = chosen(value) if type(value) is type(default) else asdict(value)
+            told[item.name] = value
+    return told
 
 
 @dataclass

@@ -22,37 +22,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from distil import CONFIGS, GUIDANCE_SCALES, overridden, search_set
 from evaluate import (
-    TEACHER_STEPS,
     Judge,
     Studio,
-    add_reference,
     distance,
     held_out_scenes,
     model_fingerprint,
     noise,
     prompts_of,
-    teacher_pictures,
 )
 from write_dataset import write_dataset
 
-from lora_training.config import ModelConfig, TrainConfig
+from lora_training.config import ModelConfig, TrainConfig, chosen
 from lora_training.evaluation.config import EvaluationConfig, OdeConfig
 from lora_training.evaluation.methods import Gallery, MethodConfig
 from lora_training.evaluation.ode import ode_rows
 from lora_training.loop import run
-from lora_training.train import parse
 
 from model import HERE, MODEL_DIR, RUNS_DIR, load_pipeline
-from scenes import IMAGE_SIZE, SEARCH_SEED
+from scenes import IMAGE_SIZE
 
-CONFIG = HERE.parent / "configs" / "shapes_pcm4.yaml"
 FIGURES = HERE / "ablations"
 UPDATES = 500
 IMAGES, SEARCH_IMAGES = 2048, 256
 ODE_PROMPTS, ODE_SOLVER_STEPS = 32, 100
-REFERENCE_NOISE, NOISE, SEARCH_NOISE = 1, 2, 2
-GUIDANCE_SCALES = (1.0, 1.5, 2.0)
+NOISE = 2
 UNGUIDED_GUIDANCE_SCALES = (2.0, 3.5, 5.0)  # of adapters that have not taken in the teacher's
 STEPS = (1, 2, 4, 8)
 ONE_PHASE = {"objective.num_phases": 1, "optimizer.learning_rate": 1e-4}  # what the search for LCM chose
@@ -78,12 +73,6 @@ class Variant:
     def guidance_scales(self) -> tuple[float, ...]:
         """The sampling guidances that it has the choice of."""
         return UNGUIDED_GUIDANCE_SCALES if self.settings.get("objective.guidance_scale") == 1 else GUIDANCE_SCALES
-
-    @property
-    def arguments(self) -> list[str]:
-        """For the trainer's command line."""
-        settings = {"optimizer.steps": UPDATES, "seed": self.seed} | self.settings
-        return ["--config", str(CONFIG), *(part for key, value in settings.items() for part in (f"--{key}", str(value)))]
 
 
 def variants() -> list[Variant]:
@@ -127,35 +116,20 @@ def variants() -> list[Variant]:
 def configuration(variant: Variant) -> TrainConfig:
     """What the trainer is told."""
     path = RUNS_DIR / "ablations" / model_fingerprint() / f"{variant.name}.safetensors"
-    config = parse([*variant.arguments, "--output", str(path)])
+    told = {"optimizer.steps": UPDATES, "seed": variant.seed} | variant.settings | {"output": path}
+    config = overridden(CONFIGS["PCM"], told)
     return dataclasses.replace(config, title=f"Shapes, {variant.name}")
 
 
 def identity(config: TrainConfig) -> str:
     """Changes when the model does, or what the configuration says beside defaults; a new setting changes nothing."""
-    plain = dataclasses.asdict(dataclasses.replace(config, output="a.safetensors", checkpoint_every=500, title=""))
-    told = differing(plain, dataclasses.asdict(TrainConfig()))
-    return hashlib.sha256(json.dumps([model_fingerprint(), told], sort_keys=True).encode()).hexdigest()[:12]
+    plain = dataclasses.replace(config, output="a.safetensors", checkpoint_every=500, title="")
+    return hashlib.sha256(json.dumps([model_fingerprint(), chosen(plain)], sort_keys=True).encode()).hexdigest()[:12]
 
 
-def differing(ours: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """What is not as by default, group by group."""
-    found = {}
-    for name, value in ours.items():
-        if isinstance(value, dict):
-            value = differing(value, defaults[name])
-            if value:
-                found[name] = value
-        elif value != defaults[name]:
-            found[name] = value
-    return found
-
-
-def best_guidance(studio: Studio, jury: Judge, name: str, guidance_scales: Sequence[float]) -> dict[int, float]:
+def best_guidance(studio: Studio, name: str, guidance_scales: Sequence[float]) -> dict[int, float]:
     """Of these, for every number of steps, by distance on other scenes; in one step they ask for less of it than in four."""
-    prompts, latents = prompts_of(held_out_scenes(SEARCH_IMAGES, SEARCH_SEED)), noise(SEARCH_IMAGES, SEARCH_NOISE)
-    metric = jury.frechet()
-    add_reference(metric, teacher_pictures(Studio(adapters={}, fast=True), prompts, REFERENCE_NOISE, TEACHER_STEPS))
+    prompts, latents, metric = search_set(SEARCH_IMAGES)
 
     def found(steps: int, guidance_scale: float) -> float:
         method = dataclasses.replace(studio.methods[name], guidance_scale=guidance_scale)
@@ -167,7 +141,7 @@ def best_guidance(studio: Studio, jury: Judge, name: str, guidance_scales: Seque
 def measure(path: Path, guidance_scales: Sequence[float]) -> dict[str, Any]:
     """Distance and alignment of an adapter at every number of steps, with the best of these guidances at each."""
     studio, jury = Studio({path.stem: path}, fast=True), Judge()
-    chosen = best_guidance(studio, jury, path.stem, guidance_scales)
+    chosen = best_guidance(studio, path.stem, guidance_scales)
     scenes, latents = held_out_scenes(IMAGES), noise(IMAGES, NOISE)
     prompts, figures = prompts_of(scenes), {}
     for steps, guidance_scale in chosen.items():

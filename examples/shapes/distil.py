@@ -15,9 +15,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from evaluate import (
     ADAPTERS,
     TEACHER_STEPS,
@@ -31,6 +33,7 @@ from evaluate import (
     prompts_of,
     teacher_pictures,
 )
+from torchmetrics.image.fid import FrechetInceptionDistance
 from write_dataset import write_dataset
 
 from lora_training.config import TrainConfig
@@ -68,16 +71,27 @@ def with_learning_rate(config: TrainConfig, learning_rate: float, output: Path) 
     return dataclasses.replace(config, optimizer=optimizer, output=str(output))
 
 
+def overridden(config: Path, settings: Mapping[str, Any]) -> TrainConfig:
+    """A configuration file with some settings changed, as on the trainer's command line."""
+    return parse(["--config", str(config), *(part for key, value in settings.items() for part in (f"--{key}", str(value)))])
+
+
 def trained(name: str, learning_rate: float) -> Path:
     """Where a run of the search ends."""
     return RUNS_DIR / "search" / model_fingerprint() / f"{name}-{learning_rate:g}.safetensors"
 
 
-def search(name: str, config: TrainConfig, images: int) -> list[dict[str, float]]:
-    """A run at each learning rate, sampled at each guidance; the best row first."""
+def search_set(images: int) -> tuple[list[str], torch.Tensor, FrechetInceptionDistance]:
+    """What settings are chosen by: prompts of other scenes, noise, the distance to the teacher's pictures."""
     prompts, latents = prompts_of(held_out_scenes(images, SEARCH_SEED)), noise(images, SEARCH_NOISE)
     metric = Judge().frechet()
     add_reference(metric, teacher_pictures(Studio(adapters={}, fast=True), prompts, REFERENCE_NOISE, TEACHER_STEPS))
+    return prompts, latents, metric
+
+
+def search(name: str, config: TrainConfig, images: int) -> list[dict[str, float]]:
+    """A run at each learning rate, sampled at each guidance; the best row first."""
+    prompts, latents, metric = search_set(images)
     rows = []
     for learning_rate in LEARNING_RATES:
         path = trained(name, learning_rate)
@@ -106,9 +120,7 @@ def distil_further(name: str, learning_rate: float) -> None:
     """One of the further adapters, at PCM's learning rate unless it says another."""
     path = RUNS_DIR / "search" / model_fingerprint() / f"{name}.safetensors"
     told = {"optimizer.learning_rate": learning_rate, "output": path} | FURTHER[name]
-    config = parse(
-        ["--config", str(CONFIGS["PCM"]), *(part for key, value in told.items() for part in (f"--{key}", str(value)))]
-    )
+    config = overridden(CONFIGS["PCM"], told)
     if not path.exists():
         run(config)
     publish(path, ADAPTERS["PCM"].with_stem(name), config)

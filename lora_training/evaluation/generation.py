@@ -6,15 +6,15 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
+from ..config import chosen
 from .methods import Gallery, MethodConfig
 
 
@@ -79,16 +79,6 @@ def read_picture(path: Path) -> torch.Tensor:
     """(3, H, W) in [-1, 1]."""
     with Image.open(path) as image:
         return from_bytes(pil_to_tensor(image.convert("RGB")))
-
-
-def chosen(config: Any) -> dict[str, Any]:
-    """What a dataclass says beside its defaults, so that a setting that is new changes nothing until it is used."""
-    told = {}
-    for item in fields(config):
-        default = item.default if item.default_factory is MISSING else item.default_factory()
-        if (value := getattr(config, item.name)) != default:
-            told[item.name] = value
-    return told
 
 
 def folder_of(root: Path, method: MethodConfig, steps: int, setting: object) -> Path:

@@ -15,12 +15,13 @@ from accelerate.utils import convert_outputs_to_fp32
 from tqdm import tqdm
 
 from ..backbones import FAMILIES
+from ..config import chosen
 from ..distances import load_lpips
 from .alignment import load_scorer, mean_score
 from .config import EvaluationConfig, PairConfig
 from .distribution import Moments, frechet_distance, kernel_distance, precision_recall
 from .features import extract, load_features
-from .generation import Pictures, chosen, folder_of, generate, read_picture
+from .generation import Pictures, folder_of, generate, read_picture
 from .methods import Gallery, MethodConfig
 from .ode import ode_rows
 from .prompts import read_pairs, read_prompts
