@@ -5,7 +5,7 @@
     python examples/shapes/ablate.py --list
 
 All have the same data, batch, seed and updates; each the best of three sampling guidances at every number of steps, by the
-distance of 256 pictures of other scenes. A variant takes about twenty minutes on one core, and its figures are a small file
+distance of 256 pictures of other scenes. A variant takes about a quarter of an hour on one core, and its figures are a small file
 in `ablations/`, with the command and a hash of the configuration that made it. Interrupted runs go on where they stopped.
 """
 
@@ -45,7 +45,7 @@ from scenes import IMAGE_SIZE
 
 FIGURES = HERE / "ablations"
 UPDATES = 500
-IMAGES, SEARCH_IMAGES = 2048, 256
+IMAGES, SEARCH_IMAGES = 1024, 256
 ODE_PROMPTS, ODE_SOLVER_STEPS = 32, 100
 NOISE = 2
 UNGUIDED_GUIDANCE_SCALES = (2.0, 3.5, 5.0)  # of adapters that have not taken in the teacher's
