@@ -75,19 +75,19 @@ def random_tokens(
 
 
 class Noised(NamedTuple):
-    """What the network is shown of N pictures, and what it should say."""
+    """What the network is shown of N pictures or clips, and what it should say."""
 
-    sample: torch.Tensor  # (N, 4, 16, 16)
+    sample: torch.Tensor  # of the latents' shape
     timesteps: torch.Tensor  # (N,)
-    noise: torch.Tensor  # (N, 4, 16, 16): what would lead from the sample back to the picture
+    noise: torch.Tensor  # of the latents' shape: what would lead from the sample back to them
     weight: torch.Tensor  # (N,)
 
 
 def noised(latents: torch.Tensor, scheduler: DDIMScheduler, generator: torch.Generator, layout: bool) -> Noised:
-    """Noise latents (N, 4, 16, 16) to random timesteps.
+    """Noise latents to random timesteps.
 
     Args:
-        latents: scaled.
+        latents: scaled, (N, 4, 16, 16) of pictures or (N, 4, F, 16, 16) of clips, whose frames have one timestep.
         scheduler: whose schedule.
         generator: of noise and timesteps.
         layout: look mostly at the noise levels that decide where things are, and show pure noise at the last.
@@ -96,7 +96,8 @@ def noised(latents: torch.Tensor, scheduler: DDIMScheduler, generator: torch.Gen
     noise = torch.randn(latents.shape, generator=generator)
     timesteps = torch.randint(last + 1, (count,), generator=generator)
     weight = torch.ones(count)
-    seen = torch.ones(count, 1, 1, 1)  # how much of the picture the network gets to see
+    each = (count, *(1,) * (latents.ndim - 1))
+    seen = torch.ones(each)  # how much of the picture the network gets to see
     if layout:
         draw = torch.rand(count, generator=generator)
         noisiest = torch.randint(LAYOUT_FROM, last + 1, (count,), generator=generator)
@@ -104,12 +105,12 @@ def noised(latents: torch.Tensor, scheduler: DDIMScheduler, generator: torch.Gen
         timesteps[draw < 0.3] = last
         seen[draw < 0.3] = 0.0
         weight = (1 / scheduler.alphas_cumprod[timesteps]).clamp(max=LAYOUT_WEIGHT)
-    alpha = scheduler.alphas_cumprod[timesteps].sqrt().view(-1, 1, 1, 1)
+    alpha = scheduler.alphas_cumprod[timesteps].sqrt().view(each)
     sigma = (1 - alpha**2).sqrt()
     sample = seen * alpha * latents + sigma * noise
     return Noised(sample, timesteps, (sample - alpha * latents) / sigma, weight)
 
 
 def denoising_loss(predicted: torch.Tensor, given: Noised) -> torch.Tensor:
-    """The weighted mean squared error of predicted noise (N, 4, 16, 16)."""
-    return (given.weight * (predicted.float() - given.noise).square().mean(dim=(1, 2, 3))).mean()
+    """The weighted mean squared error of predicted noise, of the latents' shape."""
+    return (given.weight * (predicted.float() - given.noise).square().flatten(1).mean(1)).mean()

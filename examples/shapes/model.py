@@ -10,15 +10,18 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
+    MotionAdapter,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 HERE = Path(__file__).parent
 MODEL_DIR = HERE / "model"  # what ships
 XL_MODEL_DIR = HERE / "model_xl"  # its sibling of SDXL's shape
+MOTION_DIR = HERE / "motion_adapter"  # AnimateDiff's motion modules for it
 RUNS_DIR = HERE / "runs"  # what training writes; not tracked
 MAX_TOKENS = 40
 TEXT_WIDTH = 160
@@ -99,6 +102,20 @@ def build_xl_unet() -> UNet2DConditionModel:
         addition_time_embed_dim=SIZE_WIDTH,
         projection_class_embeddings_input_dim=TEXT_WIDTH + 6 * SIZE_WIDTH,
     )
+
+
+def build_motion_adapter() -> MotionAdapter:
+    """AnimateDiff's motion modules in its v2 layout, with one in the middle; as they begin, pictures are what they were."""
+    adapter = MotionAdapter(
+        block_out_channels=(64, 112, 112),
+        motion_layers_per_block=1,
+        motion_num_attention_heads=4,
+        motion_norm_num_groups=16,
+    )
+    for name, parameter in adapter.named_parameters():
+        if ".proj_out." in name:
+            nn.init.zeros_(parameter)
+    return adapter
 
 
 def build_scheduler() -> DDIMScheduler:
