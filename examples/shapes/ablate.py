@@ -5,8 +5,9 @@
     python examples/shapes/ablate.py --list
 
 All have the same data, batch, seed and updates; each the best of three sampling guidances at every number of steps, by the
-distance of 256 pictures of other scenes. A variant takes about a quarter of an hour on one core, and its figures are a small file
-in `ablations/`, with the command and a hash of the configuration that made it. Interrupted runs go on where they stopped.
+distance of 256 pictures of other scenes. A variant takes about a quarter of an hour on one core, and its figures are a
+small file in `ablations/`, with the command and a hash of the configuration that made it. Interrupted runs go on where they
+stopped.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ looks mostly there, as in the last stage of the UNet's own training.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -26,10 +27,11 @@ import moving
 from denoising import CAPTION_DROPOUT, cached_moments, denoising_loss, drawn_latents, noised
 from model import MOTION_DIR, RUNS_DIR, build_motion_adapter, load_pipeline
 from moving import KINDS, NUM_FRAMES, sample_clip
-from scenes import MOTION_TRAIN_SEED, render
+from scenes import MOTION_TRAIN_SEED
 from training import train
 
 READING_WEIGHT = 0.02  # of naming the motion, beside the noise prediction
+_NOT_SAID = -100
 
 
 class Moves(nn.Module):
@@ -44,7 +46,7 @@ class Moves(nn.Module):
 def clip_moments(vae: AutoencoderKL, count: int) -> dict[str, torch.Tensor]:
     """Of the latents of every frame of the training clips, one clip after the other: (count F, 4, 16, 16) each."""
 
-    def drawn(numbers) -> torch.Tensor:
+    def drawn(numbers: Sequence[int]) -> torch.Tensor:
         which = range(numbers[0] // NUM_FRAMES, numbers[-1] // NUM_FRAMES + 1)
         clips = moving.render([sample_clip(MOTION_TRAIN_SEED, i) for i in which]).flatten(0, 1)
         return clips[numbers[0] - which[0] * NUM_FRAMES :][: len(numbers)]
@@ -85,9 +87,10 @@ def main() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             embeds = student.reader.encode(tokens(tokenizer, texts))
             predicted = unet(given.sample, given.timesteps, embeds.repeat_interleave(NUM_FRAMES, 0)).sample
-        kinds = torch.tensor([list(KINDS).index(clip.motion.kind) if text else -100 for clip, text in zip(shown, texts)])
+        named = zip(shown, texts, strict=True)
+        kinds = torch.tensor([list(KINDS).index(clip.motion.kind) if text else _NOT_SAID for clip, text in named])
         scores = student.reader.head(embeds.float().mean(1))[:, : len(KINDS)]
-        reading = F.cross_entropy(scores, kinds, reduction="sum") / args.batch
+        reading = F.cross_entropy(scores, kinds, ignore_index=_NOT_SAID, reduction="sum") / args.batch
         return denoising_loss(predicted, given) + READING_WEIGHT * reading
 
     train(
