@@ -38,6 +38,7 @@ TEACHER_RIVALS = ("DDIM", "DPM-Solver++", "UniPC", "Euler")  # no distillation
 DISTILLED_RIVALS = ("LCM", "LCM, guidance 1", "LCM, by LCMScheduler")
 ALONE = "PCM, 4 phases"
 MATCHED = {1: "PCM, 1 phase", 2: "PCM, 2 phases", 4: ALONE, 8: "PCM, 8 phases", 16: "PCM, 8 phases"}  # by steps
+SEARCHED = FIGURES / "timesteps" / f"{ALONE}-8-steps-frechet_distance.json"  # written by `lora_training.evaluation.search`
 Row = dict[str, Any]
 Figures = dict[str, Row]  # of ablations, by name
 
@@ -219,6 +220,32 @@ def ablations(figures: Figures) -> str:
     return "\n\n".join(parts)
 
 
+def times_table(found: Row) -> str:
+    """The searched times beside the grid's own, on what they were searched with and on what they never saw."""
+    cells = [
+        [part, times, " ".join(map(str, found[key])), f"{1000 * row['frechet_distance']:.2f}", f"{100 * row['alignment']:.1f}"]
+        for part, rows in found["scores"].items()
+        for times, key, row in (
+            ("even", "default_timesteps", rows["default"]),
+            ("searched", "timesteps", rows["found"]),
+        )
+    ]
+    return markdown(cells, ["prompts and noise", "times", "", "Frechet distance x 1000", "alignment, %"])
+
+
+def searched_times(path: Path = SEARCHED) -> str:
+    """The section on times that a search has found; says so if there was none."""
+    if not path.is_file():
+        return "Not searched yet."
+    found = json.loads(path.read_text(encoding="utf-8"))
+    tried, steps, count = found["choices_tried"], len(found["timesteps"]), found["count"]
+    return f"""{tried} choices of {steps} times tried for "{ALONE}", by the Frechet distance of {count} pictures; then both
+measured with {count} other prompts and another noise, and only that gain is to be believed. Distances of so few pictures are
+larger than those above. Made by `{found["command"]}`.
+
+{times_table(found)}"""
+
+
 def document(report: Row, figures: Figures, floor: float) -> str:
     """docs/results.md."""
     missing = [variant.name for variant in variants() if variant.name not in figures]
@@ -286,6 +313,10 @@ How often the second of two objects is there, which the prompt asks for and the 
 Root mean square of the difference from the teacher's finely solved end point of the same noise, by steps.
 
 {ode_table(report)}
+
+## Sampling times
+
+{searched_times()}
 
 ## Settings of training, one changed at a time
 
