@@ -67,7 +67,7 @@ class Method:
     eta: float = 0.0
 
 
-def _in_bfloat16(unet: nn.Module) -> None:
+def in_bfloat16(unet: nn.Module) -> None:
     """Autocast inside, float32 outside: guidance and the scheduler keep their precision."""
     forward = unet.forward
 
@@ -97,7 +97,7 @@ class Studio:
         self.pipe: StableDiffusionPipeline | StableDiffusionXLPipeline = load_pipeline(model)
         self.pipe.set_progress_bar_config(disable=True)
         if fast:
-            _in_bfloat16(self.pipe.unet)
+            in_bfloat16(self.pipe.unet)
         self.adapters = adapters
         self.methods, self.schedulers = (
             {"teacher": Method("teacher", TEACHER_GUIDANCE)},
