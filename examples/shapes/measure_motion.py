@@ -38,8 +38,8 @@ It was trained by `examples/shapes/train_motion.py` on procedurally drawn clips;
 
 Written by `examples/shapes/measure_motion.py`; every figure below was measured by it.
 
-{STEPS} DDIM steps, guidance {GUIDANCE_SCALE:g}, {judged} held-out prompts; in every second one a shape moves in a colour that it
-never had in training. The motion is measured by following the object, see `motion.py`. UNet in bfloat16.
+{STEPS} DDIM steps, guidance {GUIDANCE_SCALE:g}, {judged} held-out prompts; in every second one a shape moves in a
+colour that it never had in training. The motion is measured by following the object, see `motion.py`. UNet in bfloat16.
 
 {tabulate(rows, ["kind and speed right", "measured"], tablefmt="github", disable_numparse=True)}
 
