@@ -1,0 +1,90 @@
+"""Few-step clips in some minutes on two cores: one moving sheet of methods and prompts, and a table. No download.
+
+make demo-video        (or: python examples/shapes/demo_video.py --out outputs/demo)
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from agreement import embedding_features, motion_agreement, motion_and_scene_agreement
+from evaluate import Method, in_bfloat16
+from pictures import contact_sheet
+from PIL.Image import Image
+from tabulate import tabulate
+from torch.nn import functional as F
+from torchvision.transforms.functional import pil_to_tensor
+from video_model import captions_of, clip_noise, draw_clips, held_out_clips, load_video_pipeline
+from write_clips import FRAMES_PER_SECOND
+
+from lora_training.cpu import keep_freed_memory
+from lora_training.data.clips import write_clip
+from pcm_scheduler import load_pcm_lora
+
+from model import HERE, build_scheduler
+
+ADAPTERS = {"PCM": HERE / "adapters" / "video_pcm_4phase.safetensors", "LCM": HERE / "adapters" / "video_lcm.safetensors"}
+RUNS = (*(("PCM", steps) for steps in (1, 2, 4, 8)), *(("LCM", steps) for steps in (1, 2, 4, 8)), ("teacher", 25))
+SHOWN, JUDGED, NOISE = 6, 12, 3
+TEACHER_GUIDANCE = 5.0
+
+
+def moving_sheet(rows: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Sheets (F, 3, H, W), one for each frame, of uint8 clips (N, F, 3, h, w) by their rows' names."""
+    frames = len(next(iter(rows.values()))[0])
+    sheets: list[Image] = [contact_sheet({name: clips[:, i] for name, clips in rows.items()}) for i in range(frames)]
+    return torch.stack([pil_to_tensor(sheet) for sheet in sheets])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("outputs/demo"))
+    parser.add_argument("--clips", type=int, default=JUDGED, help="prompts that every method draws")
+    args = parser.parse_args()
+
+    keep_freed_memory()
+    pipe = load_video_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    in_bfloat16(pipe.unet)
+    methods, schedulers = {"teacher": Method("teacher", TEACHER_GUIDANCE)}, {"teacher": build_scheduler()}
+    for name, path in ADAPTERS.items():
+        settings = load_pcm_lora(pipe, path, adapter_name=name)
+        methods[name], schedulers[name] = Method(name, settings.guidance_scale, settings.eta), pipe.scheduler
+
+    texts, latents = captions_of(held_out_clips(args.clips)), clip_noise(args.clips, NOISE)
+    judges = {"motion": motion_agreement(), "motion and scene": motion_and_scene_agreement()}
+    embedding = embedding_features()
+    sheet, rows = {}, []
+    for name, steps in RUNS:
+        method, pipe.scheduler = methods[name], schedulers[name]
+        if name in ADAPTERS:
+            pipe.enable_lora()
+            pipe.set_adapters(name)
+        else:
+            pipe.disable_lora()
+        label, begun = f"{name}, {steps} step{'s' * (steps > 1)}", time.perf_counter()
+        drawn = draw_clips(pipe, texts, latents, steps, method.guidance_scale, method.eta, progress=label)
+        seconds = (time.perf_counter() - begun) / len(texts)
+        clips = drawn.float() / 127.5 - 1
+        with torch.no_grad():
+            seen = embedding(clips.flatten(0, 1)).unflatten(0, clips.shape[:2])
+        steady = F.cosine_similarity(seen[:, 1:], seen[:, :-1], dim=-1).mean().item()
+        shares = [f"{judge(clips, texts).mean().item():.2f}" for judge in judges.values()]
+        rows.append([name, steps, *shares, f"{steady:.3f}", f"{seconds:.1f}"])
+        sheet[label] = drawn[:SHOWN]
+    for text in texts[:SHOWN]:
+        print(text)
+    for suffix in ("webp", "mp4"):
+        write_clip(moving_sheet(sheet), args.out / f"clips.{suffix}", FRAMES_PER_SECOND)
+        print(f"moving sheet: {args.out / f'clips.{suffix}'}")
+    headers = ["", "steps", *judges, "neighbouring frames, cosine", "seconds per clip"]
+    print(tabulate(rows, headers=headers, disable_numparse=True))
+    print(f"\n{args.clips} held-out prompts; shares of clips judged right.")
+
+
+if __name__ == "__main__":
+    main()
