@@ -105,9 +105,13 @@ def aims(report: Row) -> str:
     )
     consistency = {row["method"]: row["consistency"] for row in report["consistency"] if row["steps"] == "1 / 16"}
     ours = f"{MATCHED[1]} / {MATCHED[16]}"
-    rivals = {method: value for method, value in consistency.items() if method in ("LCM", *TEACHER_RIVALS)}
-    above = "above" if consistency[ours] > max(rivals.values()) else "not above"
-    lines.append(f"- Consistency of 1 with 16 steps, an adapter for each: {consistency[ours]:.3f}, {above} every rival.")
+    rivals = {method: value for method, value in consistency.items() if method.startswith(("LCM", *TEACHER_RIVALS))}
+    rival = max(rivals, key=lambda method: rivals[method])
+    above = "above" if consistency[ours] > rivals[rival] else "not above"
+    lines.append(
+        f"- Consistency of 1 with 16 steps, an adapter for each: {consistency[ours]:.3f}, {above} every rival's, of which the "
+        f"most is {rivals[rival]:.3f} ({rival})."
+    )
     answer = {r["guidance_scale"]: r for r in report["guidance"] if r["method"] == "PCM, unguided teacher"}
     if answer:
         values = [answer[g]["alignment"] for g in sorted(answer)]

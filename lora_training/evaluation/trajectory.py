@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from tqdm import tqdm
 
 from pcm_scheduler.phases import PhaseGrid
 from pcm_scheduler.sampling import sample_phased
@@ -65,7 +66,7 @@ def teacher_states(
     """
     states: States = {}
     sample = noise
-    for point in reversed(range(grid.num_solver_steps)):
+    for point in tqdm(reversed(range(grid.num_solver_steps)), desc="teacher's ODE", total=grid.num_solver_steps, unit="step"):
         n = torch.full((len(noise),), point + 1, device=noise.device)
         sample = SOLVERS[solver](predict, levels, sample, n, n - 1)
         if point in grid.edge_indices:
