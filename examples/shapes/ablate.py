@@ -23,15 +23,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from distil import CONFIGS, GUIDANCE_SCALES, overridden, search_set
+from distil import CONFIGS, GUIDANCE_SCALES, REFERENCE_NOISE, overridden, search_set
 from evaluate import (
+    TEACHER_STEPS,
     Judge,
     Studio,
+    add_reference,
     distance,
     held_out_scenes,
     model_fingerprint,
     noise,
     prompts_of,
+    teacher_pictures,
+    teacher_state,
 )
 from write_dataset import write_dataset
 
@@ -40,11 +44,13 @@ from lora_training.evaluation.config import EvaluationConfig, OdeConfig
 from lora_training.evaluation.methods import Gallery, MethodConfig
 from lora_training.evaluation.ode import ode_rows
 from lora_training.loop import run
+from pcm_scheduler.lora_file import write_safetensors
 
 from model import HERE, MODEL_DIR, RUNS_DIR, load_pipeline
 from scenes import IMAGE_SIZE
 
 FIGURES = HERE / "ablations"
+TEACHER = FIGURES / "teacher_statistics.safetensors"  # of the same prompts: of others, distances would be of scenes too
 UPDATES = 500
 IMAGES, SEARCH_IMAGES = 1024, 256
 ODE_PROMPTS, ODE_SOLVER_STEPS = 32, 100
@@ -139,6 +145,16 @@ def best_guidance(studio: Studio, name: str, guidance_scales: Sequence[float]) -
     return {steps: min(guidance_scales, key=lambda guidance_scale: found(steps, guidance_scale)) for steps in STEPS}
 
 
+def teacher_statistics() -> Path:
+    """The file of them; the teacher's pictures are drawn if it is not here, which takes a quarter of an hour."""
+    if not TEACHER.exists():
+        FIGURES.mkdir(exist_ok=True)
+        metric, prompts = Judge().frechet(), prompts_of(held_out_scenes(IMAGES))
+        add_reference(metric, teacher_pictures(Studio({}, fast=True), prompts, REFERENCE_NOISE, TEACHER_STEPS))
+        write_safetensors(teacher_state(metric), TEACHER, {"images": str(IMAGES), "model": model_fingerprint()})
+    return TEACHER
+
+
 def measure(path: Path, guidance_scales: Sequence[float]) -> dict[str, Any]:
     """Distance and alignment of an adapter at every number of steps, with the best of these guidances at each."""
     studio, jury = Studio({path.stem: path}, fast=True), Judge()
@@ -149,13 +165,13 @@ def measure(path: Path, guidance_scales: Sequence[float]) -> dict[str, Any]:
         method = dataclasses.replace(studio.methods[path.stem], guidance_scale=guidance_scale)
         pictures = studio.generate(method, prompts, latents, steps, progress=f"{path.stem}, {steps} steps")
         right = jury.alignment(pictures, scenes)
-        figures[str(steps)] = {"guidance_scale": guidance_scale, "frechet": jury.frechet_to_teacher(pictures)} | right
+        frechet = jury.frechet_to_teacher(pictures, teacher_statistics())
+        figures[str(steps)] = {"guidance_scale": guidance_scale, "frechet": frechet} | right
     return {"eta": studio.methods[path.stem].eta, "images": IMAGES, "steps": figures}
 
 
 def keep(file: Path, figures: dict[str, Any]) -> None:
     """As a file, whole or not at all."""
-    FIGURES.mkdir(exist_ok=True)
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     temporary.replace(file)
