@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from safetensors.torch import load_file
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -74,7 +75,7 @@ def in_bfloat16(unet: nn.Module) -> None:
     def autocast_forward(*args, **kwargs):
         with torch.autocast("cpu", torch.bfloat16):
             (output,) = forward(*args, **{**kwargs, "return_dict": False})
-        return (output.float(),)
+        return UNet2DConditionOutput(output.float())  # by index or by name, as pipelines ask
 
     unet.forward = autocast_forward
 
