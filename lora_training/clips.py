@@ -1,4 +1,4 @@
-"""Clips (N, C, F, h, w) beside pictures (N, C, h, w): frames folded into the batch and back, and noise for both."""
+"""Clips (N, C, F, h, w) beside pictures (N, C, h, w): frames folded into the batch and back, noise for both, a few to show."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ def frames_as_batch(x: torch.Tensor) -> torch.Tensor:
 def batch_as_frames(x: torch.Tensor, clips: int) -> torch.Tensor:
     """The reverse: (N F, C, h, w) as (N, C, F, h, w) for N clips."""
     return x.unflatten(0, (clips, -1)).transpose(1, 2)
+
+
+def shown_frames(count: int, most: int = 4) -> list[int]:
+    """The numbers of a few frames of a clip of `count`, evenly from its first to its last."""
+    return torch.linspace(0, count - 1, min(most, count)).round().long().tolist()
 
 
 def draw_noise(shape: Sequence[int], shared: float, generator: torch.Generator) -> torch.Tensor:

@@ -73,6 +73,20 @@ class ModelConfig:
     motion_adapter: str = ""
     image_adapter: str = ""
 
+    def check(self) -> None:
+        """Refuse what only a video model has with another family, and a video model without motion modules."""
+        if self.family != "animatediff":
+            for name in ("motion_adapter", "image_adapter"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"model.{name} is for model.family animatediff; got {getattr(self, name)!r} with {self.family}."
+                    )
+        elif not self.motion_adapter:
+            raise ValueError(
+                "model.family animatediff needs model.motion_adapter: a diffusers MotionAdapter folder or hub id, such as "
+                "guoyww/animatediff-motion-adapter-v1-5-3, or a .safetensors file in AnimateDiff's own layout."
+            )
+
 
 @dataclass
 class ClipConfig:
@@ -92,6 +106,16 @@ class ClipConfig:
     fps: float = 0.0
     start: Literal["first", "middle", "random"] = "middle"
     skip_seconds: float = 0.0
+
+    def check(self, setting: str) -> None:
+        """Refuse values that mean nothing; `setting` is the name of the configuration's part, for messages."""
+        for name, least in (("frames", 1), ("stride", 1), ("fps", 0), ("skip_seconds", 0)):
+            if not least <= getattr(self, name) < math.inf:
+                raise ValueError(f"{setting}.{name} must be {least} or more; got {getattr(self, name)}.")
+        if self.fps and self.stride != 1:
+            raise ValueError(
+                f"{setting}.fps={self.fps:g} and {setting}.stride={self.stride} do not go together: leave one out."
+            )
 
 
 @dataclass
@@ -482,14 +506,7 @@ class TrainConfig:
                 f"data.resolution={self.data.resolution} must be a multiple of data.bucket_step={self.data.bucket_step}."
             )
         if self.data.clips:
-            clips = self.data.clips
-            for name, least in (("frames", 1), ("stride", 1), ("fps", 0), ("skip_seconds", 0)):
-                if not least <= getattr(clips, name) < math.inf:
-                    raise ValueError(f"data.clips.{name} must be {least} or more; got {getattr(clips, name)}.")
-            if clips.fps and clips.stride != 1:
-                raise ValueError(
-                    f"data.clips.fps={clips.fps:g} and data.clips.stride={clips.stride} do not go together: leave one out."
-                )
+            self.data.clips.check("data.clips")
         if self.data.max_aspect < 1:
             raise ValueError(f"data.max_aspect must be at least 1; got {self.data.max_aspect}.")
         if self.validation.every < 0:
@@ -513,12 +530,11 @@ class TrainConfig:
     def _check_video(self) -> None:
         """What only a video model has, and what one has not."""
         video_only = {
-            "model.motion_adapter": self.model.motion_adapter,
-            "model.image_adapter": self.model.image_adapter,
             "objective.shared_noise": self.objective.shared_noise,
             "lora.parts": "" if self.lora.parts == "all" else self.lora.parts,
         }
         if self.model.family != "animatediff":
+            self.model.check()
             for name, value in video_only.items():
                 if value:
                     raise ValueError(f"{name} is for model.family animatediff; got {value!r} with {self.model.family}.")
@@ -527,11 +543,7 @@ class TrainConfig:
             return
         if self.data.clips is None:
             raise ValueError("model.family animatediff learns from clips: set data.clips, `data.clips: {}` for the usual.")
-        if not self.model.motion_adapter:
-            raise ValueError(
-                "model.family animatediff needs model.motion_adapter: a diffusers MotionAdapter folder or hub id, such as "
-                "guoyww/animatediff-motion-adapter-v1-5-3, or a .safetensors file in AnimateDiff's own layout."
-            )
+        self.model.check()
         if self.lora.dora:
             raise ValueError(
                 "lora.dora: AnimateDiff's layout of motion LoRAs has no place for DoRA's magnitudes. Set it to false."

@@ -72,6 +72,18 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
 
 
+def fill(network: torch.nn.Module, state: dict[str, torch.Tensor], file: Path, setting: str, what: str) -> None:
+    """Load a state, all of it.
+
+    Raises:
+        ValueError: it is not the network's; `file`, `setting` and `what` the network is are for the message.
+    """
+    try:
+        network.load_state_dict(state)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{setting}: {file} is not the state of {what}: {error}") from error
+
+
 def call_factory(factory: str, path: str, device: torch.device | str, setting: str) -> Any:
     """What a named function of the user's returns; a module is frozen and moved to the device.
 

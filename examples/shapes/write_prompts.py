@@ -1,6 +1,7 @@
-"""Write what an evaluation draws: captions of held-out scenes, and prompts with one thing in them to be kept out.
+"""Write what an evaluation draws: captions of held-out scenes or clips, and prompts with one thing in them to be kept out.
 
 python examples/shapes/write_prompts.py outputs/shapes_prompts.txt --count 2048
+python examples/shapes/write_prompts.py outputs/shapes_video_prompts.txt --count 128 --moving
 python examples/shapes/write_prompts.py outputs/shapes_pairs.jsonl --count 512
 """
 
@@ -13,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from evaluate import held_out_scenes, prompts_of
 
-from scenes import COLOURS, SHAPES, TEST_SEED
+import moving
+from scenes import COLOURS, MOTION_TEST_SEED, SHAPES, TEST_SEED
 
 
 def pairs(count: int) -> list[dict[str, str]]:
@@ -31,12 +33,23 @@ def pairs(count: int) -> list[dict[str, str]]:
     return found
 
 
+def moving_prompts(count: int) -> list[str]:
+    """Full captions, in varied wordings, of clips never trained on; every second one's moving object is of a held-out pair."""
+    clips = [moving.sample_clip(MOTION_TEST_SEED, i, held_out=i % 2 == 0) for i in range(count)]
+    return [moving.caption(clip, np.random.default_rng((MOTION_TEST_SEED, i))) for i, clip in enumerate(clips)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help=".txt for prompts, .jsonl for pairs")
     parser.add_argument("--count", type=int, default=2048)
+    parser.add_argument("--moving", action="store_true", help="prompts for clips")
     args = parser.parse_args()
-    if args.file.suffix == ".jsonl":
+    if args.moving and args.file.suffix == ".jsonl":
+        parser.error("--moving is for prompts, and pairs are of pictures: name a .txt file.")
+    if args.moving:
+        lines = moving_prompts(args.count)
+    elif args.file.suffix == ".jsonl":
         lines = [json.dumps(pair) for pair in pairs(args.count)]
     else:
         lines = prompts_of(held_out_scenes(args.count))

@@ -18,14 +18,13 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch.utils.checkpoint import checkpoint
 
-from ..clips import batch_as_frames, frames_as_batch
+from ..clips import batch_as_frames, frames_as_batch, shown_frames
 from ..config import ModelConfig
 from .base import Backbone
 from .conditioning import Conditioning
 from .sd15 import StableDiffusion15
 
 ENCODED_AT_ONCE = 16  # frames
-_SHOWN = 4  # frames of a clip on a sheet
 _MODULE = re.compile(
     r"(down_blocks|up_blocks|mid_block)\.(?:(\d+)\.)?motion_modules\.(\d+)\.temporal_transformer\.norm\.weight"
 )
@@ -144,9 +143,7 @@ class AnimateDiff(StableDiffusion15):
     @torch.no_grad()
     def pictures(self, latents: torch.Tensor) -> list[Image.Image]:
         """Of each clip a strip of frames, from its first to its last."""
-        count = min(_SHOWN, latents.shape[2])
-        frames = torch.linspace(0, latents.shape[2] - 1, count).round().long()
-        strips = self.decode_latents(latents[:, :, frames.to(latents.device)]).permute(0, 1, 3, 2, 4).flatten(3)
+        strips = self.decode_latents(latents[:, :, shown_frames(latents.shape[2])]).permute(0, 1, 3, 2, 4).flatten(3)
         return self.pipe.video_processor.postprocess(strips.cpu())
 
 

@@ -111,6 +111,12 @@ def frame_number(path: Path) -> int:
     return int(found[0]) if found else -1
 
 
+def clips_in(folder: Path) -> list[Path]:
+    """Clip files, and folders of numbered pictures, in a folder and below, sorted by path."""
+    files = (p for p in folder.rglob("*") if (frames_in(p) if p.is_dir() else p.suffix.lower() in CLIP_SUFFIXES))
+    return sorted(p for p in files if p.exists())
+
+
 class Folder:
     """Pictures or clips in a folder and below, sorted by path.
 
@@ -137,9 +143,7 @@ class Folder:
         files = sorted(self._folder.rglob("*"))
         captions = {p: text for file in files if file.name == "metadata.jsonl" for p, text in _metadata(file).items()}
         suffixes, noun = (CLIP_SUFFIXES, "clips") if self._clips else (SUFFIXES, "pictures")
-        found = [p for p in files if p.suffix.lower() in suffixes and p.is_file()]
-        if self._clips:
-            found = sorted([*found, *(p for p in files if p.is_dir() and frames_in(p))])
+        found = clips_in(self._folder) if self._clips else [p for p in files if p.suffix.lower() in suffixes and p.is_file()]
         if not found:
             hint = " It holds tar files; name them, as in shards/*.tar." if any(p.suffix == ".tar" for p in files) else ""
             if self._clips and frames_in(self._folder):

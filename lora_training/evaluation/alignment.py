@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..local_weights import call_factory, library, local_file, read_state
+from ..local_weights import call_factory, fill, library, local_file, read_state
 from .clip import Clip, load_clip, of_open_clip
 
 HPS_ARCHITECTURE = "ViT-H-14"
@@ -112,7 +111,7 @@ def load_hps(path: str, setting: str, device: torch.device | str = "cpu") -> Cli
     file = local_file(path, setting, "HPSv2's checkpoint", _HPS_SOURCE)
     model, _, preprocess = open_clip.create_model_and_transforms(HPS_ARCHITECTURE)
     state: Any = read_state(file)
-    _fill(model, state.get("state_dict", state), file, setting, f"open_clip's {HPS_ARCHITECTURE}")
+    fill(model, state.get("state_dict", state), file, setting, f"open_clip's {HPS_ARCHITECTURE}")
     return of_open_clip(model, preprocess, open_clip.get_tokenizer(HPS_ARCHITECTURE), device)
 
 
@@ -131,17 +130,10 @@ def load_aesthetic_head(path: str, setting: str) -> nn.Module:
     # five linear layers with nothing between them, numbered as in the file, where dropout has numbers too
     sizes = {0: (width, 1024), 2: (1024, 128), 4: (128, 64), 6: (64, 16), 7: (16, 1)}
     head.layers = nn.Sequential(*(nn.Linear(*sizes[i]) if i in sizes else nn.Identity() for i in range(8)))
-    _fill(head, state, file, setting, "the aesthetic predictor")
+    fill(head, state, file, setting, "the aesthetic predictor")
     return head.layers.eval().requires_grad_(False)
 
 
 def aesthetic_score(clip: Clip, head: nn.Module) -> Scorer:
     """LAION's aesthetic score, about 1 to 10, of the picture alone."""
     return lambda pictures, texts: head(F.normalize(clip.pictures(pictures), dim=1)).squeeze(1)
-
-
-def _fill(network: nn.Module, state: dict[str, torch.Tensor], file: Path, setting: str, what: str) -> None:
-    try:
-        network.load_state_dict(state)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{setting}: {file} is not the state of {what}: {error}") from error

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..config import ModelConfig
+from ..config import ClipConfig, ModelConfig
 from .alignment import ScorerConfig
 from .features import FeatureConfig
 from .methods import MethodConfig
+from .video import FlowConfig
 
 
 @dataclass
@@ -16,7 +17,7 @@ class ReferenceConfig:
     """The pictures that a method's should be like.
 
     Attributes:
-        folder: of pictures, such as the data's own; empty: drawn by `method`.
+        folder: of pictures, or of clips in any form that training reads, such as the data's own; empty: drawn by `method`.
         method: usually the teacher at many steps.
         seed: of its noise: none of the methods', so that it is a distribution and not the same pictures.
     """
@@ -94,8 +95,59 @@ class NegativeConfig:
 
 
 @dataclass
+class ClipsConfig:
+    """Clips instead of pictures, and what is measured of them beside their single frames.
+
+    Judges and features of clips see (N, F, 3, H, W) in [-1, 1]; none come with this package, so they are your own: `factory`,
+    or for features `torchscript`. Where a network wants its clips otherwise, such as I3D, the factory wraps it.
+
+    Attributes:
+        frames: F.
+        stride, fps: which frames of the clips in `reference.folder` are taken, as in `data.clips` of training.
+        alignment: the judge of whole clips beside their prompts, in place of one of their frames.
+        motion: a judge that says 1 where a clip makes the motion that its prompt names, else 0.
+        features: the space of the Frechet video distance.
+        flow: how motion is read off the pixels.
+    """
+
+    frames: int = 16
+    stride: int = 1
+    fps: float = 0.0
+    alignment: ScorerConfig | None = None
+    motion: ScorerConfig | None = None
+    features: FeatureConfig | None = None
+    flow: FlowConfig | None = None
+
+    @property
+    def of_reference(self) -> ClipConfig:
+        """How the clips of a folder are read."""
+        return ClipConfig(self.frames, self.stride, self.fps)
+
+    def check(self) -> None:
+        """Refuse what cannot work before anything is loaded."""
+        self.of_reference.check("clips")
+        if self.frames < 2:
+            raise ValueError(
+                f"clips.frames must be at least 2, for neighbours to compare; got {self.frames}. Or draw pictures."
+            )
+        for name, config, kinds in (
+            ("alignment", self.alignment, ("factory",)),
+            ("motion", self.motion, ("factory",)),
+            ("features", self.features, ("factory", "torchscript")),
+        ):
+            if config is not None and config.kind not in kinds:
+                raise ValueError(
+                    f"clips.{name}.kind: {config.kind} looks at pictures, and this is for whole clips: {' or '.join(kinds)}. "
+                    "What looks at pictures is set outside of clips, and sees the single frames."
+                )
+
+
+@dataclass
 class EvaluationConfig:
     """One report.
+
+    Of clips, what is said of pictures holds for their frames: those of all clips make up distances, precision and recall; the
+    alignment of a clip is the mean of its frames', and in diversity and consistency a frame is beside that of its own number.
 
     Attributes:
         model: that all methods draw with.
@@ -103,8 +155,9 @@ class EvaluationConfig:
         prompts: a file, see `read_prompts`.
         count: of pictures for each row, the first prompts; 0: all.
         size: (height, width).
+        clips: what is drawn are clips, by a model of family `animatediff`; None: pictures.
         seeds: of noise; from several, figures are means with standard deviations, and diversity is measured.
-        batch_size: pictures at a time.
+        batch_size: pictures, or clips, at a time.
         precision: of the networks; with `bf16` only the UNet's inside, for latents need more than its 8 bits.
         reference: what distances are to; with `features`.
         features: the space of distances; None: they are not measured.
@@ -125,6 +178,7 @@ class EvaluationConfig:
     prompts: str = "prompts.txt"
     count: int = 0
     size: tuple[int, int] = (512, 512)
+    clips: ClipsConfig | None = None
     seeds: tuple[int, ...] = (0,)
     batch_size: int = 16
     precision: Literal["no", "fp16", "bf16"] = "no"
@@ -145,6 +199,7 @@ class EvaluationConfig:
         """Refuse what cannot work before anything is loaded."""
         if not self.methods:
             raise ValueError("methods: name at least one to evaluate.")
+        self._check_clips()
         if self.reference.method.name in {method.name for method in self.methods}:
             raise ValueError(f"methods: {self.reference.method.name!r} is the reference's name; choose another.")
         if self.batch_size < 1:
@@ -164,7 +219,26 @@ class EvaluationConfig:
             for wanted in zip((pair.few, pair.many), pair.steps, strict=True):
                 if wanted not in drawn:
                     raise ValueError(f"pairs: there is no method {wanted[0]!r} at {wanted[1]} steps among methods.")
-        if self.guidance.scales and self.alignment is None:
+        judged = self.alignment is not None or (self.clips is not None and self.clips.alignment is not None)
+        if self.guidance.scales and not judged:
             raise ValueError("guidance.scales needs a judge: set alignment.")
-        if self.negative.pairs and self.alignment is None:
+        if self.negative.pairs and not judged:
             raise ValueError("negative.pairs needs a judge: set alignment.")
+
+    def _check_clips(self) -> None:
+        self.model.check()
+        video = self.model.family == "animatediff"
+        if self.clips is None and video:
+            raise ValueError("model.family animatediff draws clips: set clips, `clips: {frames: 16}` for the usual.")
+        if self.clips is None:
+            return
+        if not video:
+            raise ValueError(f"clips is for model.family animatediff; {self.model.family} draws pictures. Leave clips out.")
+        if self.model.image_adapter:
+            raise ValueError(
+                "model.image_adapter lies beneath an adapter while that is trained, and is in the files that training writes: "
+                "name those in methods. To measure it alone, name it there too."
+            )
+        self.clips.check()
+        if self.alignment is not None and self.clips.alignment is not None:
+            raise ValueError("alignment judges frames and clips.alignment whole clips; leave one of them out.")

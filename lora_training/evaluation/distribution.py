@@ -92,7 +92,7 @@ class KernelDistance(NamedTuple):
 
 
 def kernel_distance(
-    first: torch.Tensor, second: torch.Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+    first: torch.Tensor, second: torch.Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0, frames: int = 1
 ) -> KernelDistance:
     """The squared maximum mean discrepancy under the kernel (x y / D + 1)^3: arXiv 1801.01401, Section 4.
 
@@ -103,24 +103,32 @@ def kernel_distance(
         subsets: how many are drawn.
         subset_size: pictures in each, from either side without repetition.
         seed: of the draws.
+        frames: F of clips, whose features follow each other in both sets; a subset has one frame at most of any clip, for
+            frames of one clip are no independent draws, and with them it would not be unbiased.
 
     Raises:
-        ValueError: subset_size is not in 2..min(N, N').
+        ValueError: subset_size is not in 2..min(N, N') / F.
     """
-    fewest = min(len(first), len(second))
+    fewest = min(len(first), len(second)) // frames
     if not 2 <= subset_size <= fewest:
         raise ValueError(f"subset_size must be between 2 and {fewest}, the pictures that there are; got {subset_size}.")
     generator = generator_of(seed)
     values = []
     for _ in range(subsets):
         x, y = (
-            features[torch.randperm(len(features), generator=generator)[:subset_size].to(features.device)].cpu().double()
+            features[_drawn(len(features), frames, subset_size, generator).to(features.device)].cpu().double()
             for features in (first, second)
         )
         among = sum(_kernel(z, z).sum() - _kernel(z, z).diagonal().sum() for z in (x, y))
         values.append(among / (subset_size * (subset_size - 1)) - 2 * _kernel(x, y).mean())
     found = torch.stack(values)
     return KernelDistance(found.mean().item(), found.std(correction=0).item())
+
+
+def _drawn(count: int, frames: int, subset_size: int, generator: torch.Generator) -> torch.Tensor:
+    """Numbers of pictures, or of a frame of each of as many clips."""
+    clips = torch.randperm(count // frames, generator=generator)[:subset_size]
+    return clips if frames == 1 else clips * frames + torch.randint(frames, (subset_size,), generator=generator)
 
 
 def _kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,8 @@
-"""Pictures of every method on disk, as PNG files: split between processes, and where a run was interrupted it goes on."""
+"""Pictures or clips of every method on disk, as PNG files: split between processes, and going on after an interruption.
+
+A clip is one PNG too, its frames side by side: lossless, every frame is kept (animated files merge neighbours that are equal),
+and any viewer shows it as a strip of film.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +24,24 @@ from .methods import Gallery, MethodConfig
 
 @dataclass(frozen=True)
 class Pictures:
-    """Where the pictures of one method at one number of steps are.
+    """Where the pictures of one method at one number of steps are, or its clips.
 
     Attributes:
         folder: of `00000.png` and on, a picture for each prompt.
         count: pictures in all.
         batch_size: pictures at a time.
+        frames: of every clip, F; 0: they are pictures.
     """
 
     folder: Path
     count: int
     batch_size: int
+    frames: int = 0
+
+    @property
+    def noun(self) -> str:
+        """What one of them is, for messages."""
+        return "clip" if self.frames else "picture"
 
     @property
     def batches(self) -> list[range]:
@@ -46,27 +57,34 @@ class Pictures:
         return [number for number in range(self.count) if self.path(number).name not in there]
 
     def keep(self, number: int, picture: torch.Tensor) -> None:
-        """A picture, uint8 (3, H, W), under its number."""
+        """A picture, uint8 (3, H, W), or a clip, (F, 3, H, W), under its number."""
         path = self.path(number)
         temporary = path.with_suffix(".tmp")
-        to_pil_image(picture).save(temporary, format="PNG", compress_level=1)
+        to_pil_image(side_by_side(picture) if self.frames else picture).save(temporary, format="PNG", compress_level=1)
         os.replace(temporary, path)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        """Batches (N, 3, H, W) in [-1, 1], in order.
+        """Batches (N, 3, H, W), or of clips (N, F, 3, H, W), in [-1, 1], in order.
 
         Raises:
             FileNotFoundError: some have not been drawn.
         """
         missing = self.missing()
         if missing:
-            raise FileNotFoundError(f"{self.folder}: {len(missing)} of {self.count} pictures have not been drawn yet.")
+            raise FileNotFoundError(f"{self.folder}: {len(missing)} of {self.count} {self.noun}s have not been drawn yet.")
         for batch in self.batches:
-            yield torch.stack([read_picture(self.path(number)) for number in batch])
+            found = torch.stack([read_picture(self.path(number)) for number in batch])
+            # the frames are side by side
+            yield found.unflatten(-1, (self.frames, -1)).permute(0, 3, 1, 2, 4) if self.frames else found
+
+
+def side_by_side(clip: torch.Tensor) -> torch.Tensor:
+    """Frames (F, 3, H, W) as one picture (3, H, F W)."""
+    return clip.permute(1, 2, 0, 3).flatten(2)
 
 
 def to_bytes(drawn: torch.Tensor) -> torch.Tensor:
-    """Pictures (N, 3, H, W) in [0, 1] as they are kept: uint8, on the CPU."""
+    """Pictures (N, 3, H, W) or clips in [0, 1] as they are kept: uint8, on the CPU."""
     return (drawn.float().clamp(0, 1) * 255).round().byte().cpu()
 
 
@@ -112,17 +130,17 @@ def generate(
     Args:
         gallery: draws.
         name, steps: of the method.
-        prompts: one for each picture.
+        prompts: one for each picture, or clip.
         size: (height, width).
         seed: of the noise.
-        pictures: where to; the size of a batch does not change them beyond rounding.
+        pictures: where to, and whether they are clips; the size of a batch does not change them beyond rounding.
         process: this one's number, and how many there are; each draws its share.
     """
     number, processes = process
     # by a picture's own number, so that a process that finds others' pictures done already still draws only its own
     mine = [i for i in pictures.missing() if i // pictures.batch_size % processes == number]
     pictures.folder.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=len(mine), desc=f"{name}, {steps} steps", unit="picture", disable=not mine or number > 0) as bar:
+    with tqdm(total=len(mine), desc=f"{name}, {steps} steps", unit=pictures.noun, disable=not mine or number > 0) as bar:
         for start in range(0, len(mine), pictures.batch_size):
             numbers = mine[start : start + pictures.batch_size]
             drawn = to_bytes(gallery.draw(name, steps, [prompts[n] for n in numbers], numbers, size, seed))

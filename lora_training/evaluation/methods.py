@@ -41,6 +41,7 @@ class Rival:
     eta: float = 0.0
 
 
+_BETAS = ("beta_schedule", "beta_start", "beta_end", "trained_betas")
 _TRAILING = {"timestep_spacing": "trailing"}  # from the top of the schedule: with few steps the others never see pure noise
 RIVALS = {
     "ddim": Rival(DDIMScheduler, _TRAILING | {"clip_sample": False, "set_alpha_to_one": False}),
@@ -94,21 +95,24 @@ class MethodConfig:
 class Gallery:
     """A pipeline that draws by any of several methods.
 
+    An adapter is drawn with on the betas that its file states, whichever the scheduler, and else on the pipeline's own.
+
     Args:
-        pipe: of SD1.5's or SDXL's kind, on its device.
+        pipe: of SD1.5's or SDXL's kind, or AnimateDiff's, on its device.
         methods: their adapters are loaded; names must differ.
+        frames: of the clips that it draws, F; 0: it draws pictures.
 
     Raises:
         ValueError: two methods of one name, an adapter that does not fit, or timesteps that are not its grid's.
     """
 
-    def __init__(self, pipe: Any, methods: Sequence[MethodConfig]):
+    def __init__(self, pipe: Any, methods: Sequence[MethodConfig], frames: int = 0):
         names = [method.name for method in methods]
         if len(set(names)) < len(names):
             raise ValueError(f"Methods need names of their own; got {names}.")
-        self.pipe = pipe
+        self.pipe, self.frames = pipe, frames
         self.methods = {method.name: method for method in methods}
-        config = dict(pipe.scheduler.config)
+        own = pipe.scheduler
         self.settings: dict[str, AdapterSettings] = {}  # of those methods that have an adapter
         self._adapters: dict[str, str] = {}
         self._schedulers: dict[str, Any] = {}
@@ -120,10 +124,14 @@ class Gallery:
             if method.adapter:
                 if method.adapter not in loaded:
                     name = f"adapter{number}"
+                    pipe.scheduler = own  # not on the betas of the adapter before
                     settings = load_pcm_lora(pipe, method.adapter, adapter_name=name)
                     loaded[method.adapter] = (name, settings, pipe.scheduler)
                 self._adapters[method.name], settings, _ = loaded[method.adapter]
                 self.settings[method.name] = settings
+            config = dict(own.config)
+            if method.adapter:
+                config |= {name: loaded[method.adapter][2].config[name] for name in _BETAS}
             if method.scheduler == "pcm":
                 self._schedulers[method.name] = (
                     loaded[method.adapter][2] if method.adapter else PCMScheduler.from_config(config, num_phases=1)
@@ -139,9 +147,12 @@ class Gallery:
             self._eta[method.name] = _first(method.eta, eta)
 
     def noise(self, indices: Sequence[int], size: tuple[int, int], seed: int) -> torch.Tensor:
-        """Initial latents (N, 4, h, w) of pictures by their number, the same for every method, batch and process."""
-        scale = self.pipe.vae_scale_factor
-        shape = (self.pipe.unet.config.in_channels, size[0] // scale, size[1] // scale)
+        """Initial latents of pictures by their number, the same for every method, batch and process.
+
+        (N, 4, h, w), or of clips (N, 4, F, h, w), whose frames have noise of their own.
+        """
+        scale, time = self.pipe.vae_scale_factor, (self.frames,) if self.frames else ()
+        shape = (self.pipe.unet.config.in_channels, *time, size[0] // scale, size[1] // scale)
         return torch.stack([torch.randn(shape, generator=generator_of(seed, i)) for i in indices])
 
     def put_in_place(self, name: str | None) -> None:
@@ -186,7 +197,7 @@ class Gallery:
         guidance_scale: float | None = None,
         output_type: str = "pt",
     ) -> torch.Tensor:
-        """Pictures of prompts.
+        """Pictures of prompts, or clips.
 
         Args:
             name: of the method.
@@ -197,11 +208,11 @@ class Gallery:
             seed: of all noise.
             negative_prompts: N texts.
             guidance_scale: instead of the method's.
-            output_type: `pt`: pictures (N, 3, H, W) in [0, 1]; `latent`: (N, 4, h, w).
+            output_type: `pt`: pictures (N, 3, H, W), or clips (N, F, 3, H, W), in [0, 1]; `latent`: as `noise`.
         """
         self.put_in_place(name)
         latents = self.noise(indices, size, seed).to(self.pipe.unet.device, self.pipe.unet.dtype)
-        return self.pipe(
+        drawn = self.pipe(
             prompt=list(prompts),
             negative_prompt=None if negative_prompts is None else list(negative_prompts),
             latents=latents,
@@ -212,7 +223,9 @@ class Gallery:
             height=size[0],
             width=size[1],
             output_type=output_type,
-        ).images
+            **({"num_frames": self.frames} if self.frames else {}),
+        )
+        return drawn.frames if self.frames else drawn.images
 
 
 def _first(chosen: float | None, otherwise: float) -> float:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, Protocol
-
-import torch
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -23,7 +20,12 @@ class Metric:
     title: str
     unit: str
     better: Literal["smaller", "larger"] | None
-    needs: tuple[Literal["features", "reference", "scorer", "lpips", "many steps", "many noises", "teacher", "guidance"], ...]
+    needs: tuple[
+        Literal[
+            "features", "reference", "scorer", "lpips", "many steps", "many noises", "teacher", "guidance", "clips", "flow",
+        ],
+        ...,
+    ]  # fmt: skip
 
 
 METRICS = {
@@ -31,7 +33,11 @@ METRICS = {
     "kernel_distance": Metric("kernel distance", "", "smaller", ("features", "reference")),
     "precision": Metric("precision", "share", "larger", ("features", "reference")),
     "recall": Metric("recall", "share", "larger", ("features", "reference")),
+    "video_frechet_distance": Metric("Frechet video distance", "", "smaller", ("clips", "features", "reference")),
     "alignment": Metric("alignment", "", "larger", ("scorer",)),
+    "motion": Metric("motion as told", "share", "larger", ("clips", "scorer")),
+    "temporal_consistency": Metric("temporal consistency", "cosine", "larger", ("clips", "features")),
+    "flow": Metric("flow", "pixels a frame", None, ("clips", "flow")),  # noise flows too: the reference's is what to be near
     "consistency": Metric("consistency", "cosine", "larger", ("features", "many steps")),
     "perceptual_distance": Metric("LPIPS between step counts", "", "smaller", ("lpips", "many steps")),
     "diversity": Metric("diversity", "1 - cosine", None, ("features", "many noises")),
@@ -39,10 +45,3 @@ METRICS = {
     "guidance_response": Metric("guidance response", "", None, ("scorer", "guidance")),
     "negative_prompt_response": Metric("negative-prompt response", "share", None, ("scorer", "guidance")),
 }
-
-
-class VideoMetric(Protocol):
-    """A figure read off clips, such as a Frechet distance in a video network's features or the magnitude of motion."""
-
-    def __call__(self, clips: Iterable[torch.Tensor]) -> float:
-        """Of batches of clips (N, F, 3, H, W) in [-1, 1]."""

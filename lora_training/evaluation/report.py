@@ -12,7 +12,9 @@ import torch
 from PIL import Image, ImageDraw
 from tabulate import tabulate
 
+from ..clips import shown_frames
 from ..files import write_text
+from .generation import side_by_side
 from .metrics import METRICS
 from .run import Evaluation
 
@@ -48,7 +50,9 @@ def what_a_row_is(report: dict[str, Any]) -> str:
     """How many pictures, of how many noises."""
     seeds = report["seeds"]
     spread = f" from each of {len(seeds)} noises: means ± standard deviations over them" if len(seeds) > 1 else ""
-    return f"{report['pictures']} pictures a row{spread}."
+    clips = report["config"].get("clips")
+    what = f"clips of {clips['frames']} frames" if clips else "pictures"
+    return f"{report['pictures']} {what} a row{spread}."
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -108,11 +112,11 @@ def plot(rows: Sequence[dict[str, Any]], root: Path) -> list[Path]:
 
 
 def picture_grid(evaluation: Evaluation, path: Path) -> Path:
-    """The first prompts' pictures, a row for every method and number of steps."""
+    """The first prompts' pictures, or strips of a few frames of their clips, a row for every method and number of steps."""
     shown = min(evaluation.config.shown, len(evaluation.prompts))
     rows = [(method, steps) for method in evaluation.methods for steps in method.steps]
     drawn = [_first(evaluation, method, steps, shown) for method, steps in rows]
-    height, width = evaluation.config.size
+    height, width = drawn[0].shape[-2:]
     label, gap = 200, 4
     sheet = Image.new("RGB", (label + shown * (width + gap), len(rows) * (height + gap)), "white")
     pen = ImageDraw.Draw(sheet)
@@ -133,4 +137,6 @@ def _first(evaluation: Evaluation, method: Any, steps: int, count: int) -> torch
         found += list(batch[: count - len(found)])
         if len(found) == count:
             break
+    if evaluation.config.clips:
+        found = [side_by_side(clip[shown_frames(len(clip))]) for clip in found]
     return torch.stack(found)

@@ -11,10 +11,10 @@ from .alignment import Scorer
 
 
 class Generate(Protocol):
-    """The pictures of a method, always from the same noise for the same prompts."""
+    """The pictures of a method, or its clips, always from the same noise for the same prompts."""
 
     def __call__(self, prompts: Sequence[str], negative_prompts: Sequence[str], guidance_scale: float) -> torch.Tensor:
-        """(N, 3, H, W) in [-1, 1] of N prompts and as many negative ones, empty for none; g is diffusers'."""
+        """(N, 3, H, W), or (N, F, 3, H, W), in [-1, 1] of N prompts and N negative ones, empty for none; g is diffusers'."""
 
 
 class GuidanceResponse(NamedTuple):
@@ -38,14 +38,14 @@ def saturation(pictures: torch.Tensor) -> torch.Tensor:
     What strong guidance raises (arXiv 2410.02416).
 
     Args:
-        pictures: (N, 3, H, W) in [-1, 1]; values outside are clamped.
+        pictures: (N, 3, H, W), or clips (N, F, 3, H, W), in [-1, 1]; values outside are clamped.
 
     Returns:
-        (N,) in 0..1; 0 for greys.
+        (N,), or of every frame (N, F), in 0..1; 0 for greys.
     """
     light = (pictures.float().clamp(-1, 1) + 1) / 2
-    most, least = light.amax(1), light.amin(1)
-    return ((most - least) / most.clamp(min=1e-6)).mean((1, 2))
+    most, least = light.amax(-3), light.amin(-3)
+    return ((most - least) / most.clamp(min=1e-6)).mean((-2, -1))
 
 
 def guidance_response(

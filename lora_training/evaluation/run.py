@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,10 +15,12 @@ from accelerate import Accelerator
 from accelerate.utils import convert_outputs_to_fp32
 from tqdm import tqdm
 
-from ..backbones import FAMILIES
-from ..config import chosen
+from ..backbones import load_backbone
+from ..config import DataConfig, chosen
+from ..data.clips import load_clip
+from ..data.sources import Record, clips_in
 from ..distances import load_lpips
-from .alignment import load_scorer, mean_score
+from .alignment import Scorer, load_scorer, mean_score
 from .config import EvaluationConfig, PairConfig
 from .distribution import Moments, frechet_distance, kernel_distance, precision_recall
 from .features import extract, load_features
@@ -27,8 +30,10 @@ from .ode import ode_rows
 from .prompts import read_pairs, read_prompts
 from .response import Generate, guidance_response, negative_prompt_response
 from .similarity import consistency, diversity, perceptual_distance
+from .video import Flow, flow_magnitude, frame_scores, load_flow, single_frames, temporal_consistency, video_frechet_distance
 
 Row = dict[str, Any]
+Figure = Callable[[Pictures], float]
 Item = TypeVar("Item")
 KEYS = ("method", "steps", "guidance_scale")  # what a row is of; the rest of it was measured
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
@@ -45,25 +50,50 @@ class Evaluation:
     """
 
     def __init__(self, config: EvaluationConfig):
-        self.config, self.root = config, Path(config.output)
+        self.config, self.root, clips = config, Path(config.output), config.clips
         self.accelerator = Accelerator()
         device = self.accelerator.device
         self.prompts = read_prompts(config.prompts, config.count)
         # judges first: what is missing is said before anything is drawn
         self.features = load_features(config.features, device) if config.features else None
         self.similarity = load_features(config.similarity, device, "similarity") if config.similarity else self.features
-        self.scorer = load_scorer(config.alignment, device) if config.alignment else None
+        scorer = load_scorer(config.alignment, device) if config.alignment else None
+        self.scorer = frame_scores(scorer) if scorer and clips else scorer
+        self.clip_features = load_features(clips.features, device, "clips.features") if clips and clips.features else None
+        motion = load_scorer(clips.motion, device, "clips.motion") if clips and clips.motion else None
+        flow = load_flow(clips.flow, device) if clips and clips.flow else None
+        if clips and clips.alignment:
+            self.scorer = load_scorer(clips.alignment, device, "clips.alignment")
         self.lpips = load_lpips(config.lpips_weights, "lpips_weights").to(device) if config.lpips_weights else None
-        family = FAMILIES[config.model.family]
-        if family.sample_dimensions != 4:
-            raise ValueError(f"Methods are compared by pictures, and model.family {config.model.family} draws clips.")
-        pipe = family.pipeline_class.from_pretrained(config.model.path, **family.load_arguments)
+        backbone = load_backbone(config.model)
+        if clips:
+            scale = backbone.latent_scale
+            backbone.check_sample((4, clips.frames, config.size[0] // scale, config.size[1] // scale))
+        pipe = backbone.pipe
+        pipe.scheduler.register_to_config(prediction_type=backbone.prediction_type)
         pipe.to(device, torch.float16 if config.precision == "fp16" else torch.float32)
         if config.precision == "bf16":
             pipe.unet.forward = convert_outputs_to_fp32(torch.autocast(device.type, torch.bfloat16)(pipe.unet.forward))
         pipe.set_progress_bar_config(disable=True)
         self.methods = list(config.methods)
-        self.gallery = Gallery(pipe, [*self.methods, config.reference.method])
+        self.gallery = Gallery(pipe, [*self.methods, config.reference.method], clips.frames if clips else 0)
+        self.figures = self._figures(motion, flow)
+
+    def _figures(self, motion: Scorer | None, flow: Flow | None) -> dict[str, Figure]:
+        """What is read off a method's own pictures, by the names of `METRICS`."""
+        figures: dict[str, Figure] = {}
+        for name, judge in (("alignment", self.scorer), ("motion", motion)):
+            if judge is not None:
+                figures[name] = partial(self._mean_score, judge)
+        if self.config.clips and self.similarity is not None:
+            figures["temporal_consistency"] = partial(temporal_consistency, self.similarity)
+        if flow is not None:
+            figures["flow"] = partial(flow_magnitude, flow)
+        return figures
+
+    def _mean_score(self, judge: Scorer, drawn: Pictures) -> float:
+        told = ([self.prompts[n] for n in numbers] for numbers in drawn.batches)
+        return mean_score(judge, zip(drawn, told, strict=True))
 
     def pictures(self, method: MethodConfig, steps: int, seed: int) -> Pictures:
         """Where a method's pictures are, or will be."""
@@ -74,67 +104,76 @@ class Evaluation:
         config, reference = self.config, self.config.reference
         process = (self.accelerator.process_index, self.accelerator.num_processes)
         jobs = [(method, steps, seed) for seed in config.seeds for method in self.methods for steps in method.steps]
-        if self.features is not None and not reference.folder:
+        if self._draws_reference:
             jobs.insert(0, (reference.method, reference.method.steps[0], reference.seed))
         for method, steps, seed in jobs:
             where = self.pictures(method, steps, seed)
             generate(self.gallery, method.name, steps, self.prompts, config.size, seed, where, process)
         self.accelerator.wait_for_everyone()
 
+    @property
+    def _draws_reference(self) -> bool:
+        return not self.config.reference.folder and (self.features is not None or self.clip_features is not None)
+
     def reference(self) -> Iterator[torch.Tensor]:
-        """Batches (N, 3, H, W) in [-1, 1] of what distances are to."""
-        reference = self.config.reference
+        """Batches (N, 3, H, W), or of clips (N, F, 3, H, W), in [-1, 1] of what distances are to."""
+        reference, clips = self.config.reference, self.config.clips
         if not reference.folder:
             return iter(self.pictures(reference.method, reference.method.steps[0], reference.seed))
-        files = sorted(path for path in Path(reference.folder).rglob("*") if path.suffix.lower() in _SUFFIXES)
+        folder = Path(reference.folder)
+        pictures = (path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
+        files = clips_in(folder) if clips else sorted(pictures)
         if len(files) < 2:
-            raise ValueError(f"reference.folder: {reference.folder} has {len(files)} pictures.")
+            raise ValueError(f"reference.folder: {folder} has {len(files)} {'clips' if clips else 'pictures'}.")
+        if clips:
+            framing = DataConfig(clips=clips.of_reference)
+            return (load_clip(Record(str(path), path), self.config.size, framing).pixels for path in files)
         return (read_picture(path)[None] for path in files)
 
     def measure(self) -> list[Row]:
         """A row for every method and number of steps, over all seeds."""
-        known = torch.cat(list(extract(self.features, self.reference()))) if self.features is not None else None
-        rows = over_seeds([self._measure(seed, known) for seed in self.config.seeds])
+        known = known_clips = None
+        if self.features is not None:
+            known = torch.cat(list(extract(self.features, single_frames(self.reference()))))
+        if self.clip_features is not None:
+            known_clips = Moments.of(extract(self.clip_features, self.reference()))
+        rows = over_seeds([self._measure(seed, known, known_clips) for seed in self.config.seeds])
         if len(self.config.seeds) > 1 and self.similarity is not None:
             for row, (method, steps) in zip(rows, self._rows(), strict=True):
                 noises = zip(*(self.pictures(method, steps, seed) for seed in self.config.seeds), strict=True)
-                groups = (group for batches in noises for group in torch.stack(batches, 1))
+                groups = (group for batches in noises for group in self._groups(batches))
                 row["diversity"] = diversity(self.similarity, groups)
         return rows
 
+    def _groups(self, batches: Sequence[torch.Tensor]) -> torch.Tensor:
+        """For every prompt, or every frame of its clip, the pictures (K, 3, H, W) from K noises."""
+        together = torch.stack(tuple(batches), -4)  # beside the pictures, or the frames
+        return together.flatten(0, 1) if self.config.clips else together
+
     def reference_row(self) -> list[Row]:
-        """The alignment of the pictures that distances are to, if a method drew them."""
-        reference = self.config.reference
-        if self.scorer is None or self.features is None or reference.folder:
+        """What there is to say of the pictures that distances are to, if a method drew them."""
+        method, seed = self.config.reference.method, self.config.reference.seed
+        if not self._draws_reference or not self.figures:
             return []
-        steps = reference.method.steps[0]
-        pictures = self.pictures(reference.method, steps, reference.seed)
-        return [
-            {
-                "method": reference.method.name,
-                "steps": steps,
-                "alignment": mean_score(self.scorer, self._with_prompts(pictures)),
-            }
-        ]
+        drawn = self.pictures(method, method.steps[0], seed)
+        row: Row = {"method": method.name, "steps": method.steps[0]}
+        return [row | {name: figure(drawn) for name, figure in self.figures.items()}]
 
     def _rows(self) -> list[tuple[MethodConfig, int]]:
         return [(method, steps) for method in self.methods for steps in method.steps]
 
-    def _measure(self, seed: int, known: torch.Tensor | None) -> list[Row]:
+    def _measure(self, seed: int, known: torch.Tensor | None, known_clips: Moments | None) -> list[Row]:
+        frames = self.config.clips.frames if self.config.clips else 1
         rows: list[Row] = []
         for method, steps in tqdm(self._rows(), desc=f"measuring, seed {seed}", unit="row"):
             row: Row = {"method": method.name, "steps": steps}
             drawn = self.pictures(method, steps, seed)
             if self.features is not None and known is not None:
-                row |= distances(torch.cat(list(extract(self.features, drawn))), known)
-            if self.scorer is not None:
-                row["alignment"] = mean_score(self.scorer, self._with_prompts(drawn))
-            rows.append(row)
+                row |= distances(torch.cat(list(extract(self.features, single_frames(drawn)))), known, frames)
+            if self.clip_features is not None and known_clips is not None:
+                row["video_frechet_distance"] = video_frechet_distance(self.clip_features, drawn, known_clips)
+            rows.append(row | {name: figure(drawn) for name, figure in self.figures.items()})
         return rows
-
-    def _with_prompts(self, drawn: Pictures) -> Iterator[tuple[torch.Tensor, Sequence[str]]]:
-        for numbers, pictures in zip(drawn.batches, drawn, strict=True):
-            yield pictures, [self.prompts[n] for n in numbers]
 
     def consistency(self) -> list[Row]:
         """Between the fewest steps and the most of every method, and between the pairs that are asked for."""
@@ -149,9 +188,9 @@ class Evaluation:
         method = pair.few if pair.few == pair.many else f"{pair.few} / {pair.many}"
         row: Row = {"method": method, "steps": f"{pair.steps[0]} / {pair.steps[1]}"}
         if self.similarity is not None:
-            row["consistency"] = consistency(self.similarity, few, many)
+            row["consistency"] = consistency(self.similarity, single_frames(few), single_frames(many))
         if self.lpips is not None:
-            row["perceptual_distance"] = perceptual_distance(self.lpips, few, many)
+            row["perceptual_distance"] = perceptual_distance(self.lpips, single_frames(few), single_frames(many))
         return row
 
     def guidance(self) -> list[Row]:
@@ -258,17 +297,26 @@ def pictures_of(config: EvaluationConfig, method: MethodConfig, steps: int, seed
     """Where an evaluation keeps a method's pictures; its prompts are read unless they are given."""
     prompts = prompts or read_prompts(config.prompts, config.count)
     told = {"model": chosen(config.model), "prompts": prompts, "size": config.size, "seed": seed}
+    frames = config.clips.frames if config.clips else 0
+    if frames:
+        told["frames"] = frames
     folder = folder_of(Path(config.output) / "pictures", method, steps, told | {"precision": config.precision})
-    return Pictures(folder, len(prompts), config.batch_size)
+    return Pictures(folder, len(prompts), config.batch_size, frames)
 
 
-def distances(ours: torch.Tensor, known: torch.Tensor) -> Row:
-    """Of features (N, D) to (N', D); those that there are pictures enough for."""
+def distances(ours: torch.Tensor, known: torch.Tensor, frames: int = 1) -> Row:
+    """Of features (N, D) to (N', D); those that there are pictures enough for.
+
+    Args:
+        ours, known: the features.
+        frames: F of clips, whose features follow each other. A frame's nearest neighbours are of its own clip, so precision and
+            recall look F times as far: for clips that stand still they are those of their pictures.
+    """
     row: Row = {"frechet_distance": frechet_distance(Moments.of([ours]), Moments.of([known]))}
-    fewest = min(len(ours), len(known))
-    kernel = kernel_distance(ours, known, subset_size=min(1000, fewest))
+    fewest = min(len(ours), len(known)) // frames
+    kernel = kernel_distance(ours, known, subset_size=min(1000, fewest), frames=frames)
     row |= {"kernel_distance": kernel.mean, "kernel_distance_deviation": kernel.deviation}
     if fewest > 3:
-        found = precision_recall(known, ours)
+        found = precision_recall(known, ours, neighbours=3 * frames)
         row |= {"precision": found.precision, "recall": found.recall}
     return row

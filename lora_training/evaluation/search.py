@@ -75,6 +75,8 @@ class SearchConfig:
         Raises:
             ValueError: what it is, and what would work.
         """
+        if self.config.clips:
+            raise ValueError("clips: times are searched with pictures, of which a search holds every choice's in memory.")
         names = [method.name for method in self.config.methods if method.scheduler == "pcm"]
         if bool(self.method) == bool(self.adapter):
             raise ValueError(f"Name either a method ({', '.join(names) or 'the configuration has none'}) or an adapter's file.")

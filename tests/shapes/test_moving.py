@@ -14,6 +14,7 @@ from agreement import MotionAgreement, motion_and_scene_agreement, read_motion, 
 from motion import measure_motion
 from PIL import Image
 from write_clips import write_folder, write_shards
+from write_prompts import moving_prompts
 
 import moving
 from moving import KINDS, ROUND_SHAPES, SPEEDS, Clip, Motion, frames, moved, sample_clip
@@ -227,3 +228,11 @@ def test_shards_hold_the_same_clips_and_do_not_change(tmp_path):
     for sample in samples:
         assert sample["mp4"] == (tmp_path / "folder" / f"{sample['__key__']}.mp4").read_bytes()
         assert sample["txt"] == (tmp_path / "folder" / f"{sample['__key__']}.txt").read_bytes()
+
+
+def test_prompts_of_an_evaluation_are_held_out_clips_that_judges_can_read():
+    for i, prompt in enumerate(moving_prompts(40)):
+        clip = sample_clip(MOTION_TEST_SEED, i, held_out=i % 2 == 0)
+        motion, scene = read_motion(prompt)
+        assert (motion.kind, motion.speed or "") == (clip.motion.kind, clip.motion.speed)
+        assert len(read_text(scene).objects) == len(clip.scene.objects)
