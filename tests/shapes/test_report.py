@@ -83,3 +83,22 @@ def test_searched_times_are_told_beside_the_even_ones(tmp_path):
         [" 999 499 ", " 4.00                      "],
         [" 999 379 ", " 3.00                      "],
     ] * 2
+
+
+def test_clips_are_judged_beside_every_rival_and_the_teacher(tmp_path):
+    assert report.clips(tmp_path / "none.json") == "Not measured yet."
+
+    def clip_row(method, steps, motion):
+        figures = {"motion": motion, "motion_deviation": 0.01, "alignment": motion / 2, "alignment_deviation": 0.01}
+        return {"method": method, "steps": steps} | figures
+
+    rows = [clip_row(report.ALONE, 1, 0.5), clip_row(report.ALONE, 2, 0.7), clip_row(report.ALONE, 4, 0.8)]
+    rows += [clip_row("LCM", 1, 0.49), clip_row("LCM", 2, 0.6), clip_row("LCM", 4, 0.9), clip_row("DDIM", 4, 0.1)]
+    teacher = {"method": "teacher", "steps": 25, "motion": 0.875, "alignment": 0.5}
+    told = {"pictures": 8, "seeds": [0, 1, 2], "rows": rows, "reference": [teacher]}
+    (tmp_path / "report.json").write_text(json.dumps(told), encoding="utf-8")
+    text = report.clips(tmp_path / "report.json")
+    assert (
+        "at 1 tied with LCM; at 2 before LCM; at 4 behind LCM. At 4 steps 7.5 points below the teacher's 87.5 % at 25" in text
+    )
+    assert "| PCM, 4 phases | 2       | 70.0 ± 1.0" in text
