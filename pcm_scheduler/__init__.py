@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .lora_file import AdapterSettings, read_settings
     from .phases import PhaseGrid
-    from .pipelines import PCMEditPipeline, load_pcm_lora, load_pcm_unet
+    from .pipelines import PCMEditPipeline, export_clip, load_pcm_lora, load_pcm_unet
     from .sampling import jump, sample_phased
     from .scheduling_pcm import PCMScheduler, PCMSchedulerOutput
 
@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "AdapterSettings": "lora_file",
     "read_settings": "lora_file",
+    "export_clip": "pipelines",
     "load_pcm_lora": "pipelines",
     "load_pcm_unet": "pipelines",
     "PCMEditPipeline": "pipelines",
@@ -37,6 +38,7 @@ __all__ = [
     "PCMSchedulerOutput",
     "PhaseGrid",
     "__version__",
+    "export_clip",
     "jump",
     "load_pcm_lora",
     "load_pcm_unet",

@@ -397,7 +397,15 @@ class PCMScheduler(SchedulerMixin, ConfigMixin):
             original_samples (`torch.Tensor` of shape `(batch_size, ...)`): Clean samples.
             noise (`torch.Tensor` of the same shape): Standard normal noise.
             timesteps (`torch.Tensor` of shape `(batch_size,)` or `(1,)`): Integer timesteps.
+
+        Raises:
+            ValueError: there are no timesteps, as in image-to-image with too little strength.
         """
+        if timesteps.numel() == 0:  # noise for none of the samples would be an empty batch, and nobody is told
+            raise ValueError(
+                "There is no timestep to noise for. Image-to-image and video-to-video take int(num_inference_steps * strength) "
+                "steps, and that is 0: ask for more steps or more strength."
+            )
         alphas, sigmas = self._levels(original_samples, timesteps)
         return alphas * original_samples + sigmas * noise
 

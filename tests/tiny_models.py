@@ -14,6 +14,9 @@ from diffusers import (
 from diffusers.models import UNetMotionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from pcm_scheduler.lora_file import adapter_tensors
+from pcm_scheduler.lora_layouts import LoraTensors
+
 BLOCKS = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -69,8 +72,8 @@ def motion_adapter(**shape) -> MotionAdapter:
     return MotionAdapter(block_out_channels=(32, 64), **(of_tiny | shape)).eval()
 
 
-def motion_parts() -> dict:
-    unet, adapter = image_unet(), motion_adapter()
+def motion_parts(**shape) -> dict:
+    unet, adapter = image_unet(), motion_adapter(**shape)
     return {
         "vae": vae(), "text_encoder": CLIPTextModel(text_config()).eval(), "tokenizer": tokenizer(),
         "unet": UNetMotionModel.from_unet2d(unet, adapter).eval(), "motion_adapter": adapter,
@@ -84,3 +87,14 @@ def image_pipeline() -> StableDiffusionPipeline:
         scheduler=DDIMScheduler(**BETAS, clip_sample=False, steps_offset=1), safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
     )  # fmt: skip
+
+
+def random_lora(unet, rank=4, alpha=2.0) -> LoraTensors:
+    """On every linear module of attentions and feed-forward layers, motion modules' too; numbers that fp16 holds exactly."""
+    drawn, tensors = torch.Generator().manual_seed(2), {}
+    for name, module in unet.named_modules():
+        if isinstance(module, torch.nn.Linear) and ".transformer_blocks." in name:
+            for key, shape in (("A", (rank, module.in_features)), ("B", (module.out_features, rank))):
+                numbers = (torch.randn(shape, generator=drawn) * 100).round() / 1024
+                tensors[f"{name}.lora_{key}.weight"] = numbers
+    return adapter_tensors(tensors, {key.rpartition(".lora_")[0]: alpha for key in tensors})

@@ -1,4 +1,4 @@
-"""From a clip's file to the pixels of its frames, and from frames to a file.
+"""From a clip's file to the pixels of its frames. (From frames to a file: `pcm_scheduler.export_clip`.)
 
 A clip is one file (`CLIP_SUFFIXES`: MP4, WebM, MOV, MKV, AVI through PyAV, animated GIF and WebP through Pillow), or one folder
 of numbered pictures. What `data.path` may name when `data.clips` is set:
@@ -23,19 +23,16 @@ lies between the wanted frames and the keyframes before them is decoded.
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fractions import Fraction
 from io import BytesIO
 from itertools import accumulate, chain, groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-import torch
 from PIL import Image, UnidentifiedImageError
 
 from ..config import ClipConfig, DataConfig
@@ -50,13 +47,6 @@ if TYPE_CHECKING:
 _TOLERANCE = 0.005  # seconds: GIF counts hundredths, Matroska thousandths
 _MISSING_SHARE = 0.1  # of the duration that a whole file may lack after its last packet
 _TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
-
-# By suffix, the best that the build of FFmpeg has; written at a quality at which artefacts are not seen.
-_ENCODERS: dict[str, tuple[tuple[str, dict[str, str]], ...]] = {
-    ".mp4": (("libx264", {"crf": "16"}), ("libopenh264", {"b": "8M"}), ("mpeg4", {"qmin": "2", "qmax": "3"})),
-    ".webm": (("libvpx-vp9", {"crf": "16", "b": "0"}), ("libvpx", {"crf": "6", "b": "8M"})),
-}
-_ANIMATIONS = {".gif": 10, ".webp": 1}  # milliseconds that their frame times are multiples of
 
 
 @dataclass(frozen=True)
@@ -284,64 +274,3 @@ def _image(frame: VideoFrame, stream: VideoStream) -> Image.Image:
         image = image.resize((round(image.width * aspect), image.height), Image.Resampling.LANCZOS)
     turn = _TURNS.get(frame.rotation % 360)
     return rgb(image if turn is None else image.transpose(turn))
-
-
-def write_clip(frames: torch.Tensor, path: str | os.PathLike, fps: float) -> None:
-    """Write a clip to a temporary name and rename, so that nobody meets half a file; the folder is made if missing.
-
-    MP4 (H.264 where the build of FFmpeg has it) and WebM through PyAV; GIF and animated WebP through Pillow, looping. A GIF has
-    256 colours a frame, and counts hundredths of seconds: frame times are rounded so that the whole keeps its length. Pillow
-    stores neighbouring frames that are equal as one that is shown longer.
-
-    Args:
-        frames: (F, 3, H, W), uint8; H and W even for MP4 and WebM.
-        path: its suffix says which: `.mp4`, `.webm`, `.gif` or `.webp`.
-        fps: frames a second, above 0; at most 50 for a GIF.
-
-    Raises:
-        ValueError: another suffix, shape or rate, or PyAV is needed and not installed.
-    """
-    path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix not in _ENCODERS and suffix not in _ANIMATIONS:
-        raise ValueError(f"Clips are written as {', '.join([*_ENCODERS, *_ANIMATIONS])}; got {path.name}.")
-    if frames.dtype != torch.uint8 or frames.dim() != 4 or frames.shape[1] != 3 or not len(frames):
-        raise ValueError(f"frames must be (F, 3, H, W) and uint8; got {tuple(frames.shape)} and {frames.dtype}.")
-    if not 0 < fps <= (50 if suffix == ".gif" else 1000):
-        raise ValueError(f"fps must be above 0, and at most {50 if suffix == '.gif' else 1000} for {suffix}; got {fps}.")
-    if suffix in _ENCODERS and (frames.shape[2] % 2 or frames.shape[3] % 2):
-        raise ValueError(f"{suffix} takes frames of even height and width; got {tuple(frames.shape[2:])}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    if suffix in _ENCODERS:
-        _write_video(frames, temporary, fps, suffix)
-    else:
-        images = [Image.fromarray(frame.permute(1, 2, 0).cpu().numpy()) for frame in frames]
-        unit = _ANIMATIONS[suffix]
-        ends = [round(number * 1000 / fps / unit) * unit for number in range(len(images) + 1)]
-        durations = [after - before for before, after in pairwise(ends)]
-        quality = {} if suffix == ".gif" else {"quality": 90}
-        images[0].save(
-            temporary, format=suffix[1:], save_all=True, append_images=images[1:], duration=durations, loop=0, **quality
-        )
-    os.replace(temporary, path)
-
-
-def _write_video(frames: torch.Tensor, path: Path, fps: float, suffix: str) -> None:
-    needs("av", f"{suffix} files", "video")
-    import av
-
-    found = next(((name, options) for name, options in _ENCODERS[suffix] if name in av.codecs_available), None)
-    if found is None:
-        names = ", ".join(name for name, _ in _ENCODERS[suffix])
-        raise ValueError(f"This build of PyAV has no encoder for {suffix}: none of {names}. Write a .gif or .webp instead.")
-    codec, options = found
-    head_first = {"movflags": "+faststart"} if suffix == ".mp4" else {}
-    with av.open(str(path), "w", format=suffix[1:], container_options=head_first) as container:
-        rate = Fraction(fps).limit_denominator(1001)
-        stream = cast("VideoStream", container.add_stream(codec, rate=rate, options=options))
-        stream.height, stream.width, stream.pix_fmt = frames.shape[2], frames.shape[3], "yuv420p"
-        for frame in frames:
-            picture = av.VideoFrame.from_ndarray(frame.permute(1, 2, 0).contiguous().cpu().numpy(), format="rgb24")
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode(None))

@@ -8,8 +8,8 @@ from typing import Any
 
 from diffusers.utils import logging
 
-from ..lora_file import AdapterSettings, read_lora, read_settings, with_overrides
-from ..lora_layouts import is_motion, to_diffusers
+from ..lora_file import AdapterSettings, companion, read_lora, read_settings, with_overrides
+from ..lora_layouts import LoraTensors, is_motion, to_diffusers
 from .fitting import fitting_scheduler, local_file
 
 logger = logging.get_logger(__name__)
@@ -26,7 +26,8 @@ def load_pcm_lora(
 ) -> AdapterSettings:
     """Load an adapter's weights and set `pipe.scheduler` to the `PCMScheduler` it was trained for.
 
-    The noise schedule stays the pipeline's, unless the file states the betas that it was trained on.
+    The noise schedule stays the pipeline's, unless the file states the betas that it was trained on. Of a video adapter's three
+    files the whole one is enough; its `_motion` and `_spatial` parts load too, each under an adapter_name of its own.
 
     Args:
         pipe: any diffusers pipeline with `load_lora_weights` and a scheduler.
@@ -39,8 +40,8 @@ def load_pcm_lora(
         the settings in force, with the recommended `num_inference_steps`, `guidance_scale` and `eta` to call the pipeline with.
 
     Raises:
-        ValueError: the file is not safetensors, neither it nor the caller says the phases, or it was trained for another
-            prediction type or number of timesteps than the pipeline's.
+        ValueError: the file is not safetensors, neither it nor the caller says the phases, it was trained for another
+            prediction type or number of timesteps than the pipeline's, or it adapts motion modules that the pipeline has not.
     """
     path = local_file(str(adapter), weight_name)
     stated = read_settings(path)
@@ -49,20 +50,45 @@ def load_pcm_lora(
         logger.warning(f"{path.name} does not state its settings; inferred from what was published: {settings}")
     own = stated is not None and not stated.inferred
     scheduler = fitting_scheduler(pipe, settings, path.name, stated=own)  # refuses before weights are touched
+    lora = read_lora(path)
+    _check_motion(pipe, lora, path)
     if adapter_name in {name for names in pipe.get_list_adapters().values() for name in names}:
         pipe.delete_adapters(adapter_name)
-    _load_weights(pipe, path, adapter_name)
+    _load_weights(pipe, lora, path, adapter_name)
     pipe.scheduler = scheduler
     return settings
 
 
-def _load_weights(pipe: Any, path: Path, adapter_name: str) -> None:
+def _check_motion(pipe: Any, lora: LoraTensors, path: Path) -> None:
+    """Refuse motion modules that the pipeline has not: PEFT (0.21) would leave them out, or speak of target modules."""
+    motion = [name for name in lora.modules if is_motion(name)]
+    if not motion:
+        return
+    present = {name.replace(".", "_") for name, _ in pipe.unet.named_modules()}
+    missing = [name for name in motion if name not in present]
+    if not missing:
+        return
+    if not any(map(is_motion, present)):
+        spatial = companion(path, "spatial")
+        elsewhere = f"; its part for pictures is {spatial.name}" if spatial.is_file() else ""
+        raise ValueError(
+            f"{path.name} is a video adapter: {len(motion)} of its {len(lora.modules)} modules adapt AnimateDiff's motion "
+            f"modules, and {type(pipe).__name__} has none. Load it into an AnimateDiffPipeline{elsewhere}."
+        )
+    if any(name.endswith("_transformer_blocks_0_module") for name in present):
+        raise ValueError(f"Load {path.name} before enable_free_noise_split_inference, which renames motion modules.")
+    raise ValueError(
+        f"{path.name} adapts {len(missing)} motion modules that this pipeline has not, such as {lora.path(missing[0])}: it was "
+        "trained with another motion adapter (AnimateDiff's v2 has one in the middle block, v1 and v3 have not)."
+    )
+
+
+def _load_weights(pipe: Any, lora: LoraTensors, path: Path, adapter_name: str) -> None:
     """As diffusers loads it, unless that would lose something.
 
     Of kohya's layout diffusers (0.42) drops DoRA magnitudes, motion modules, and the alphas of attention modules where alphas
     differ; of AnimateDiff's own it knows the attention modules only.
     """
-    lora = read_lora(path)
     alphas_differ = len({lora.alpha(name) for name in lora.modules}) > 1
     lost_of_kohya = lora.has_magnitudes or alphas_differ or any(map(is_motion, lora.modules))
     if "animatediff" in lora.layouts or ("kohya" in lora.layouts and lost_of_kohya):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,6 +69,20 @@ def to_pictures(given: Pictures, name: str = "image") -> torch.Tensor:
     if tensor.shape[1] != 3:
         raise ValueError(f"{name} has {tensor.shape[1]} channels; a picture has 3, or 1. Drop the alpha channel first.")
     return tensor * 2 - 1
+
+
+def to_levels(given: Pictures, name: str = "image") -> torch.Tensor:
+    """To (N, 3, H, W) uint8 on the CPU, one after the other, so that a long clip is never whole in float32.
+
+    Raises:
+        ValueError: as `to_pictures`, or several sizes.
+    """
+    several: Iterable[Any] = [given] if isinstance(given, Image.Image) or getattr(given, "ndim", 4) != 4 else given
+    parts = [((to_pictures(one, name) / 2 + 0.5) * 255).round().byte().cpu() for one in several]
+    sizes = sorted({tuple(part.shape[-2:]) for part in parts})
+    if len(sizes) != 1:
+        raise ValueError(f"{name}: pictures of one call have one size; got {sizes or 'none'} (height, width).")
+    return torch.cat(parts)
 
 
 def to_mask(given: Pictures, size: tuple[int, int]) -> torch.Tensor:

@@ -14,6 +14,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+VIDEO = (ROOT / "docs" / "video.md").read_text(encoding="utf-8")
 
 
 def run(arguments: list[str], **environment: str) -> str:
@@ -89,9 +90,10 @@ def test_readme_python_runs(tmp_path):
         run([str(script)], PYTHONPATH=str(ROOT))
 
 
-def test_every_script_that_the_readme_names_exists_and_takes_its_arguments():
+@pytest.mark.parametrize("text", [README, VIDEO], ids=["README", "video"])
+def test_every_script_that_is_named_exists_and_takes_its_arguments(text):
     """Recipes for real Stable Diffusion weights cannot run here; their arguments are checked against the scripts' own help."""
-    commands = re.findall(r"^(?:python|accelerate launch) (\S+\.py)((?:.*\\\n)*.*)$", README, re.MULTILINE)
+    commands = re.findall(r"^(?:python|accelerate launch) (\S+\.py)((?:.*\\\n)*.*)$", text, re.MULTILINE)
     assert commands
     helps = {script: run([script, "--help"]) for script in {script for script, _ in commands}}
     for script, rest in commands:

@@ -27,7 +27,6 @@ from lora_training.config import (
     ValidationConfig,
 )
 from lora_training.critic_features import cropped, draw_corners, implied_x0, pyramid
-from lora_training.data.clips import write_clip
 from lora_training.data.latent_cache import Bucket, Example, TrainingData, empty_conditioning
 from lora_training.discriminator import AdversarialLoss, Critic
 from lora_training.distances import build_distance
@@ -35,7 +34,7 @@ from lora_training.dry_run import describe
 from lora_training.loop import Interrupted, Run
 from lora_training.objectives import ConsistencyObjective
 from lora_training.students import Adapter
-from pcm_scheduler import PCMScheduler, load_pcm_lora, load_pcm_unet, read_settings
+from pcm_scheduler import PCMScheduler, export_clip, load_pcm_lora, load_pcm_unet, read_settings
 from pcm_scheduler.lora_file import AdapterSettings, adapter_tensors, read_lora, write_video_adapter
 from pcm_scheduler.lora_layouts import is_motion, stacked
 from pcm_scheduler.noise_schedule import make_alphas_cumprod, make_betas
@@ -491,7 +490,7 @@ def test_a_folder_of_clips_trains(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(Run, "_load_data", read_from_disk)
     for i in range(2):
         frames = (torch.arange(FRAMES).view(-1, 1, 1, 1) * 20 + 40 * i).expand(FRAMES, 3, 64, 64).byte()
-        write_clip(frames, tmp_path / "clips" / f"{i}.gif", fps=8)
+        export_clip(frames, tmp_path / "clips" / f"{i}.gif", fps=8)
         (tmp_path / "clips" / f"{i}.txt").write_text(f"brighter {i}")
     data = DataConfig(str(tmp_path / "clips"), resolution=64, clips=ClipConfig(frames=FRAMES), encode_batch_size=4)
     run = Run(config_for(folders, tmp_path / "a.safetensors", data=data))
