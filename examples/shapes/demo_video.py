@@ -17,13 +17,11 @@ from pictures import contact_sheet
 from PIL.Image import Image
 from tabulate import tabulate
 from torch.nn import functional as F
-from torchvision.transforms.functional import pil_to_tensor
 from video_model import captions_of, clip_noise, draw_clips, held_out_clips, load_video_pipeline
 from write_clips import FRAMES_PER_SECOND
 
 from lora_training.cpu import keep_freed_memory
-from lora_training.data.clips import write_clip
-from pcm_scheduler import load_pcm_lora
+from pcm_scheduler import export_clip, load_pcm_lora
 
 from model import HERE, build_scheduler
 
@@ -33,11 +31,10 @@ SHOWN, JUDGED, NOISE = 6, 12, 3
 TEACHER_GUIDANCE = 5.0
 
 
-def moving_sheet(rows: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Sheets (F, 3, H, W), one for each frame, of uint8 clips (N, F, 3, h, w) by their rows' names."""
-    frames = len(next(iter(rows.values()))[0])
-    sheets: list[Image] = [contact_sheet({name: clips[:, i] for name, clips in rows.items()}) for i in range(frames)]
-    return torch.stack([pil_to_tensor(sheet) for sheet in sheets])
+def moving_sheet(rows: Mapping[str, torch.Tensor]) -> list[Image]:
+    """A sheet for each frame of uint8 clips (N, F, 3, h, w) by their rows' names."""
+    frames = next(iter(rows.values())).shape[1]
+    return [contact_sheet({name: clips[:, i] for name, clips in rows.items()}) for i in range(frames)]
 
 
 def main() -> None:
@@ -79,8 +76,7 @@ def main() -> None:
     for text in texts[:SHOWN]:
         print(text)
     for suffix in ("webp", "mp4"):
-        write_clip(moving_sheet(sheet), args.out / f"clips.{suffix}", FRAMES_PER_SECOND)
-        print(f"moving sheet: {args.out / f'clips.{suffix}'}")
+        print(f"moving sheet: {export_clip(moving_sheet(sheet), args.out / f'clips.{suffix}', FRAMES_PER_SECOND)}")
     headers = ["", "steps", *judges, "neighbouring frames, cosine", "seconds per clip"]
     print(tabulate(rows, headers=headers, disable_numparse=True))
     print(f"\n{args.clips} held-out prompts; shares of clips judged right.")

@@ -6,18 +6,20 @@ Prints JSON. The motion modules are files of AnimateDiff's layout with random we
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
 from comfyui_tiny import load_our_nodes, load_pack, start, tiny_model, tiny_prompts
 
-PACK, COMFYUI, ANIMATEDIFF, BASE = (Path(argument) for argument in sys.argv[1:5])
+PACK, COMFYUI, ANIMATEDIFF, BASE = (Path(argument) for argument in (*sys.argv[1:4], sys.argv[5]))
+VIDEO_SCALE = float(sys.argv[4])  # alpha / rank of the video adapter
 start(COMFYUI, "--base-directory", str(BASE))
 
 import comfy.sample
 import comfy.samplers
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 WIDTH = 32
 
@@ -82,16 +84,16 @@ def note(_, args, kwargs):
 model.model.diffusion_model.register_forward_pre_hook(note, with_kwargs=True)
 
 
-def node(name, **inputs):
+def node(name, /, **inputs):
     """The first output of a node of AnimateDiff-Evolved, called as ComfyUI calls it."""
     found = animatediff.NODE_CLASS_MAPPINGS[name]()
     return getattr(found, found.FUNCTION)(**inputs)[0]
 
 
-def animated(file="v3.safetensors", schedule="autoselect", base=model, **options):
+def animated(file="v3.safetensors", schedule="autoselect", base=model, motion_lora=None, **options):
     """A MODEL with a motion module; `options` are context options and sample settings."""
     motion = node("ADE_LoadAnimateDiffModel", model_name=file)
-    motion = node("ADE_ApplyAnimateDiffModelSimple", motion_model=motion)
+    motion = node("ADE_ApplyAnimateDiffModelSimple", motion_model=motion, motion_lora=motion_lora)
     return node("ADE_UseEvolvedSampling", model=base, beta_schedule=schedule, m_models=motion, **options)
 
 
@@ -235,6 +237,22 @@ after = load(animated(), "adapter.safetensors", 1.0)[0]
 drawn = in_one(animated(), latents(16))
 found["adapter_order"] = difference(in_one(before, latents(16)), in_one(after, latents(16)))
 found["adapter_matters"] = difference(in_one(after, latents(16)), drawn)
+
+# The motion file of a video adapter, and the same added by hand to the motion module, from the file of diffusers' layout.
+merged = load_file(BASE / "models" / "animatediff_models" / "v3.safetensors")
+loras = BASE / "models" / "animatediff_motion_lora"
+whole = load_file(loras / "video.safetensors")
+for key in [key for key in whole if "motion_modules" in key and key.endswith(".lora_A.weight")]:
+    name = key.removeprefix("unet.").removesuffix(".lora_A.weight")
+    name = re.sub(r"\.attn([12])\.", lambda found: f".attention_blocks.{int(found[1]) - 1}.", name)
+    name = name.replace(".motion_modules.0.", ".motion_modules.0.temporal_transformer.")
+    down, up = whole[key].float(), whole[key.replace("lora_A", "lora_B")].float()
+    merged[f"{name}.weight"] += VIDEO_SCALE * up @ down
+save_file(merged, BASE / "models" / "animatediff_models" / "merged.safetensors")
+motion_lora = node("ADE_AnimateDiffLoRALoader", name="video_motion.safetensors", strength=1.0)
+with_lora = in_one(animated(motion_lora=motion_lora), latents(16))
+found["motion_lora_by_hand"] = difference(with_lora, in_one(animated("merged.safetensors"), latents(16)))
+found["motion_lora_matters"] = difference(with_lora, drawn)
 
 # Nothing stays behind: the same graph again, the same graph built again, and the model without motion.
 on = animated()

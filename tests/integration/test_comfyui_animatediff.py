@@ -12,11 +12,12 @@ from itertools import pairwise
 import pytest
 import torch
 
-from pcm_scheduler.lora_file import AdapterSettings, write_adapter
+from pcm_scheduler.lora_file import AdapterSettings, adapter_tensors, write_adapter, write_video_adapter
 from pcm_scheduler.noise_schedule import make_alphas_cumprod, make_betas
 from pcm_scheduler.phases import PhaseGrid
 
 GRID = PhaseGrid.even(4)
+VIDEO_SCALE = 0.5
 
 pytestmark = pytest.mark.skipif(
     not {"COMFYUI_PATH", "COMFYUI_ANIMATEDIFF_PATH"} <= os.environ.keys(),
@@ -38,7 +39,21 @@ def found(run_host, tmp_path_factory):
     settings = AdapterSettings("sd15", GRID.edges, GRID.num_solver_steps)
     adapter = base / "models" / "loras" / "adapter.safetensors"
     write_adapter(adapter, tensors, dict.fromkeys(layers, 4.0), settings, "of the tiny model")
-    return run_host("comfyui_animatediff_host.py", os.environ["COMFYUI_ANIMATEDIFF_PATH"], base)
+    video = {}
+    for block in ("down_blocks.0", "down_blocks.3", "up_blocks.1"):
+        for layer, width in (("attn1.to_q", 32), ("attn2.to_v", 32), ("attn2.to_out.0", 32), ("ff.net.2", 128)):
+            name = f"{block}.motion_modules.0.transformer_blocks.0.{layer}"
+            video[f"{name}.lora_A.weight"] = torch.randn(4, width, generator=drawn)
+            video[f"{name}.lora_B.weight"] = torch.randn(32, 4, generator=drawn)
+    alphas = {key.removesuffix(".lora_A.weight"): 4 * VIDEO_SCALE for key in video if key.endswith(".lora_A.weight")}
+    settings = AdapterSettings("animatediff", GRID.edges, GRID.num_solver_steps)
+    write_video_adapter(
+        adapter.parents[1] / "animatediff_motion_lora" / "video.safetensors",
+        adapter_tensors(video, alphas),
+        settings,
+        "of the tiny model",
+    )
+    return run_host("comfyui_animatediff_host.py", os.environ["COMFYUI_ANIMATEDIFF_PATH"], VIDEO_SCALE, base)
 
 
 RUNS = pytest.mark.parametrize("run", ["v3", "v2", "StandardUniform", "StandardStatic"])
@@ -149,6 +164,12 @@ def test_animatediffs_own_noise_is_drawn(found):
 def test_the_adapter_goes_before_or_after_the_motion_module(found):
     assert found["adapter_order"] == 0
     assert found["adapter_matters"] > 0.01
+
+
+def test_the_motion_file_of_a_video_adapter_is_applied(found):
+    """As when the matrices of the file for diffusers are added to the motion module by hand; half precision in both files."""
+    assert found["motion_lora_matters"] > 0.01
+    assert found["motion_lora_by_hand"] < 0.01 * found["motion_lora_matters"]
 
 
 def test_nothing_stays_behind(found):
