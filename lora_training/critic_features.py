@@ -29,9 +29,9 @@ from torch.nn import functional as F
 
 from .backbones import Backbone, Conditioning
 from .backbones.conditioning import joined
-from .clips import batch_as_frames, frames_as_batch
 from .config import AdversarialConfig
 from .distances import load_lpips
+from .frames import batch_as_frames, frames_as_batch
 from .local_weights import call_factory
 
 if TYPE_CHECKING:

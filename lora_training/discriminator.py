@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from .backbones import Backbone, Conditioning
-from .clips import frames_as_batch
 from .config import AdversarialConfig
 from .critic_features import Features, PictureFeatures, TeacherFeatures
+from .frames import frames_as_batch
 
 if TYPE_CHECKING:
     from .objectives import ConsistencyObjective, Landing

@@ -10,8 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model
 
 from .backbones import Backbone
-from .clips import frames_as_batch
 from .config import ObjectiveConfig
+from .frames import frames_as_batch
 from .local_weights import library, local_file
 
 # landed and target (B, 4, h, w) or (B, 4, F, h, w), alpha (B, 1, ...) of the edge that both are at -> scalar

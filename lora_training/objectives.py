@@ -27,9 +27,9 @@ from pcm_scheduler.sampling import jump
 
 from .backbones import Backbone, Conditioning
 from .backbones.conditioning import expanded
-from .clips import draw_noise
 from .config import ObjectiveConfig
 from .distances import build_distance
+from .frames import draw_noise
 from .teacher import SOLVERS, Prediction, guided_prediction, levels_of
 
 if TYPE_CHECKING:

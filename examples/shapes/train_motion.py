@@ -22,8 +22,8 @@ from diffusers.models.embeddings import SinusoidalPositionalEmbedding
 from motion_words import OMIT, WordRows, add_words, load_words, tokens
 from torch import nn
 
-from lora_training.clips import batch_as_frames
 from lora_training.cpu import keep_freed_memory, use_plain_attention
+from lora_training.frames import batch_as_frames
 from pcm_scheduler.lora_file import write_safetensors
 
 import moving

@@ -18,8 +18,8 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch.utils.checkpoint import checkpoint
 
-from ..clips import batch_as_frames, frames_as_batch, shown_frames
 from ..config import ModelConfig
+from ..frames import batch_as_frames, frames_as_batch, shown_frames
 from .base import Backbone
 from .conditioning import Conditioning
 from .sd15 import StableDiffusion15

@@ -14,8 +14,8 @@ from PIL import Image
 
 from pcm_scheduler.noise_schedule import alphas_and_sigmas, check_prediction_type
 
-from ..clips import batch_as_frames, frames_as_batch
 from ..config import ModelConfig
+from ..frames import batch_as_frames, frames_as_batch
 from .conditioning import Conditioning
 
 if TYPE_CHECKING:

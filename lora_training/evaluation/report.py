@@ -12,8 +12,8 @@ import torch
 from PIL import Image, ImageDraw
 from tabulate import tabulate
 
-from ..clips import shown_frames
 from ..files import write_text
+from ..frames import shown_frames
 from .generation import side_by_side
 from .metrics import METRICS
 from .run import Evaluation

@@ -13,7 +13,6 @@ from training_runs import losses_of, stop_at
 
 from lora_training.backbones import load_backbone
 from lora_training.backbones.animatediff import load_motion_adapter
-from lora_training.clips import batch_as_frames, draw_noise, frames_as_batch
 from lora_training.config import (
     AdversarialConfig,
     ClipConfig,
@@ -31,6 +30,7 @@ from lora_training.data.latent_cache import Bucket, Example, TrainingData, empty
 from lora_training.discriminator import AdversarialLoss, Critic
 from lora_training.distances import build_distance
 from lora_training.dry_run import describe
+from lora_training.frames import batch_as_frames, draw_noise, frames_as_batch
 from lora_training.loop import Interrupted, Run
 from lora_training.objectives import ConsistencyObjective
 from lora_training.students import Adapter
