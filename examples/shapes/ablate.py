@@ -95,7 +95,6 @@ def variants() -> list[Variant]:
     }
     changes: dict[str, dict[str, dict[str, Any]]] = {
         "phases": {"pcm-1": ONE_PHASE},
-        "critic": {"pcm-4-adversarial-strong": {"adversarial.weight": 1.0}},
         "direct": {
             "direct-100": ONE_PHASE
             | {"objective.name": "direct", "objective.solver_skip": 10, "objective.num_solver_steps": 100},
@@ -103,7 +102,7 @@ def variants() -> list[Variant]:
             | {"objective.name": "direct", "objective.solver_skip": 5, "objective.guidance_scale": 1.0},
             "pcm-1-unguided": ONE_PHASE | {"objective.guidance_scale": 1.0},
         },
-        "distance": {"l2": {"objective.distance": "l2"}, "l1": {"objective.distance": "l1"}},
+        "distance": {"l2": {"objective.distance": "l2"}},
         "solver": {"heun": {"objective.solver": "heun"}},
         "solver steps": {f"n-{n}": {"objective.num_solver_steps": n} for n in (20, 100)},
         "rank": {f"rank-{r}": {"lora.rank": r} for r in (8, 64)},
@@ -115,7 +114,7 @@ def variants() -> list[Variant]:
     }
     rows = [Variant(name, "objectives", settings) for name, settings in objectives.items()]
     rows += [Variant(name, table, settings) for table, group in changes.items() for name, settings in group.items()]
-    main = ("pcm-4", "lcm", "ctm", "direct")
+    main = ("pcm-4", "lcm", "ctm")
     rows += [Variant(f"{name}-seed{seed}", "objectives", objectives[name], seed) for seed in (1, 2) for name in main]
     return rows
 

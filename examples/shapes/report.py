@@ -202,7 +202,6 @@ def seeds_table(figures: Figures) -> str:
 TABLES = {  # of ablations: heading, what is in it beside the base
     "objectives": "Objectives, with and without the critic",
     "phases": "One phase without the critic",
-    "critic": "The critic's weight and learning rate",
     "direct": "Direct against consistency",
     "distance": "Distance between student and target",
     "solver": "Solver of the teacher (the base: DDIM, which is Euler's)",
