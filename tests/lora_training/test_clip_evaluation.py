@@ -14,7 +14,6 @@ from PIL import Image
 
 from lora_training.backbones import load_backbone
 from lora_training.config import LoraConfig, ModelConfig, chosen
-from lora_training.data.clips import write_clip
 from lora_training.evaluation.alignment import ScorerConfig
 from lora_training.evaluation.config import (
     ClipsConfig,
@@ -32,6 +31,7 @@ from lora_training.evaluation.run import Evaluation, pictures_of
 from lora_training.evaluation.search import SearchConfig
 from lora_training.evaluation.video import FlowConfig
 from lora_training.students import Adapter
+from pcm_scheduler import export_clip
 from pcm_scheduler.lora_file import AdapterSettings, adapter_tensors, write_video_adapter
 from pcm_scheduler.noise_schedule import make_alphas_cumprod, make_betas
 from pcm_scheduler.phases import PhaseGrid
@@ -250,7 +250,7 @@ def test_whole_clips_may_be_judged_for_alignment_and_the_network_run_in_bf16(con
 def test_the_reference_may_be_a_folder_of_clips(config, tmp_path):
     folder = tmp_path / "data"
     frames = torch.randint(0, 256, (2 * FRAMES, 3, 24, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    write_clip(frames, folder / "a.webp", 8)
+    export_clip(frames, folder / "a.webp", 8)
     for number, frame in enumerate(frames):
         path = folder / "b" / f"{number:04d}.png"
         path.parent.mkdir(exist_ok=True)
