@@ -43,6 +43,7 @@ from lora_training.config import ModelConfig, TrainConfig, chosen
 from lora_training.evaluation.config import EvaluationConfig, OdeConfig
 from lora_training.evaluation.methods import Gallery, MethodConfig
 from lora_training.evaluation.ode import ode_rows
+from lora_training.files import write_text
 from lora_training.loop import run
 from pcm_scheduler.lora_file import write_safetensors
 
@@ -157,10 +158,10 @@ def teacher_statistics() -> Path:
 def measure(path: Path, guidance_scales: Sequence[float]) -> dict[str, Any]:
     """Distance and alignment of an adapter at every number of steps, with the best of these guidances at each."""
     studio, jury = Studio({path.stem: path}, fast=True), Judge()
-    chosen = best_guidance(studio, path.stem, guidance_scales)
+    best = best_guidance(studio, path.stem, guidance_scales)
     scenes, latents = held_out_scenes(IMAGES), noise(IMAGES, NOISE)
     prompts, figures = prompts_of(scenes), {}
-    for steps, guidance_scale in chosen.items():
+    for steps, guidance_scale in best.items():
         method = dataclasses.replace(studio.methods[path.stem], guidance_scale=guidance_scale)
         pictures = studio.generate(method, prompts, latents, steps, progress=f"{path.stem}, {steps} steps")
         right = jury.alignment(pictures, scenes)
@@ -169,11 +170,9 @@ def measure(path: Path, guidance_scales: Sequence[float]) -> dict[str, Any]:
     return {"eta": studio.methods[path.stem].eta, "images": IMAGES, "steps": figures}
 
 
-def keep(file: Path, figures: dict[str, Any]) -> None:
-    """As a file, whole or not at all."""
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(file)
+def keep(variant: Variant, figures: dict[str, Any]) -> None:
+    """For the report."""
+    write_text(FIGURES / f"{variant.name}.json", json.dumps(figures, indent=1) + "\n")
 
 
 def figures_of(variant: Variant) -> dict[str, Any]:
@@ -196,21 +195,21 @@ def train_and_measure(variant: Variant) -> dict[str, Any]:
     return told | measure(path, variant.guidance_scales)
 
 
-def measure_ode(chosen: Sequence[Variant]) -> None:
+def measure_ode(asked: Sequence[Variant]) -> None:
     """Adds to the figures of those sampled without noise how far they leave the teacher's ODE; solves it once for all."""
-    chosen = [v for v in chosen if (found := figures_of(v)) and "ode" not in found and Path(configuration(v).output).exists()]
-    if not chosen:
+    left = [v for v in asked if (found := figures_of(v)) and "ode" not in found and Path(configuration(v).output).exists()]
+    if not left:
         return
     # guided as in training, not as pictures are best: an adapter's own guidance is in its weights
-    methods = tuple(MethodConfig(v.name, configuration(v).output, guidance_scale=1.0) for v in chosen)
+    methods = tuple(MethodConfig(v.name, configuration(v).output, guidance_scale=1.0) for v in left)
     model = ModelConfig(path=str(MODEL_DIR))
-    asked = OdeConfig(ODE_PROMPTS, steps=STEPS, solver_steps=ODE_SOLVER_STEPS)
-    config = EvaluationConfig(model, methods, size=(IMAGE_SIZE, IMAGE_SIZE), precision="bf16", ode=asked)
+    ode = OdeConfig(ODE_PROMPTS, steps=STEPS, solver_steps=ODE_SOLVER_STEPS)
+    config = EvaluationConfig(model, methods, size=(IMAGE_SIZE, IMAGE_SIZE), precision="bf16", ode=ode)
     gallery = Gallery(load_pipeline(MODEL_DIR), methods)
     rows = ode_rows(gallery, config, prompts_of(held_out_scenes(ODE_PROMPTS)), NOISE, torch.device("cpu"))
-    for variant in chosen:
+    for variant in left:
         errors = {str(row["steps"]): row["ode_error"] for row in rows if row["method"] == variant.name}
-        keep(FIGURES / f"{variant.name}.json", figures_of(variant) | {"ode": errors})
+        keep(variant, figures_of(variant) | {"ode": errors})
 
 
 def main() -> None:
@@ -218,17 +217,17 @@ def main() -> None:
     parser.add_argument("--only", default="", help="a regular expression: those whose whole name matches")
     parser.add_argument("--list", action="store_true", help="name them, and whether they have figures")
     args = parser.parse_args()
-    chosen = [variant for variant in variants() if not args.only or re.fullmatch(args.only, variant.name)]
-    for variant in chosen:
+    asked = [variant for variant in variants() if not args.only or re.fullmatch(args.only, variant.name)]
+    for variant in asked:
         done = bool(figures_of(variant))
         if args.list:
             print(f"{variant.name:30} {'measured' if done else ''}")
         elif not done:
             figures = train_and_measure(variant)
-            keep(FIGURES / f"{variant.name}.json", figures)
+            keep(variant, figures)
             print(f"{variant.name}: {figures['steps']['4']}", flush=True)
     if not args.list:
-        measure_ode(chosen)
+        measure_ode(asked)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ from evaluate import Method, in_bfloat16
 from pictures import contact_sheet
 from PIL.Image import Image
 from tabulate import tabulate
-from torch.nn import functional as F
 from video_model import captions_of, clip_noise, draw_clips, held_out_clips, load_video_pipeline
 from write_clips import FRAMES_PER_SECOND
 
 from lora_training.cpu import keep_freed_memory
+from lora_training.evaluation.video import temporal_consistency
 from pcm_scheduler import export_clip, load_pcm_lora
 
 from model import HERE, build_scheduler
@@ -67,9 +67,7 @@ def main() -> None:
         drawn = draw_clips(pipe, texts, latents, steps, method.guidance_scale, method.eta, progress=label)
         seconds = (time.perf_counter() - begun) / len(texts)
         clips = drawn.float() / 127.5 - 1
-        with torch.no_grad():
-            seen = embedding(clips.flatten(0, 1)).unflatten(0, clips.shape[:2])
-        steady = F.cosine_similarity(seen[:, 1:], seen[:, :-1], dim=-1).mean().item()
+        steady = temporal_consistency(embedding, (clips,))
         shares = [f"{judge(clips, texts).mean().item():.2f}" for judge in judges.values()]
         rows.append([name, steps, *shares, f"{steady:.3f}", f"{seconds:.1f}"])
         sheet[label] = drawn[:SHOWN]

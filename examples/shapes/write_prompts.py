@@ -13,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 from evaluate import held_out_scenes, prompts_of
+from video_model import captions_of, held_out_clips
 
-import moving
-from scenes import COLOURS, MOTION_TEST_SEED, SHAPES, TEST_SEED
+from lora_training.files import write_text
+
+from scenes import COLOURS, SHAPES, TEST_SEED
 
 
 def pairs(count: int) -> list[dict[str, str]]:
@@ -33,12 +35,6 @@ def pairs(count: int) -> list[dict[str, str]]:
     return found
 
 
-def moving_prompts(count: int) -> list[str]:
-    """Full captions, in varied wordings, of clips never trained on; every second one's moving object is of a held-out pair."""
-    clips = [moving.sample_clip(MOTION_TEST_SEED, i, held_out=i % 2 == 0) for i in range(count)]
-    return [moving.caption(clip, np.random.default_rng((MOTION_TEST_SEED, i))) for i, clip in enumerate(clips)]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help=".txt for prompts, .jsonl for pairs")
@@ -48,15 +44,12 @@ def main() -> None:
     if args.moving and args.file.suffix == ".jsonl":
         parser.error("--moving is for prompts, and pairs are of pictures: name a .txt file.")
     if args.moving:
-        lines = moving_prompts(args.count)
+        lines = captions_of(held_out_clips(args.count))
     elif args.file.suffix == ".jsonl":
         lines = [json.dumps(pair) for pair in pairs(args.count)]
     else:
         lines = prompts_of(held_out_scenes(args.count))
-    args.file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.file.with_suffix(".tmp")
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    temporary.replace(args.file)
+    write_text(args.file, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ import torch
 from agreement import MotionAgreement, motion_and_scene_agreement, read_motion, read_text
 from motion import measure_motion
 from PIL import Image
+from video_model import captions_of, held_out_clips
 from write_clips import write_folder, write_shards
-from write_prompts import moving_prompts
 
 import moving
 from moving import KINDS, ROUND_SHAPES, SPEEDS, Clip, Motion, frames, moved, sample_clip
@@ -231,7 +231,7 @@ def test_shards_hold_the_same_clips_and_do_not_change(tmp_path):
 
 
 def test_prompts_of_an_evaluation_are_held_out_clips_that_judges_can_read():
-    for i, prompt in enumerate(moving_prompts(40)):
+    for i, prompt in enumerate(captions_of(held_out_clips(40))):
         clip = sample_clip(MOTION_TEST_SEED, i, held_out=i % 2 == 0)
         motion, scene = read_motion(prompt)
         assert (motion.kind, motion.speed or "") == (clip.motion.kind, clip.motion.speed)
