@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help install test lint types demo demo-edit report bench shapes shapes_xl adapters adapter_xl clean
+.PHONY: help install test test-hard lint types demo demo-edit report bench shapes shapes_xl adapters adapter_xl clean
 
 help: ## what can be made
 	@grep -E '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,6 +25,9 @@ demo-edit: $(STAMP) ## a sheet of every editing task: outputs/demo
 
 test: $(STAMP) lint types ## lint, types and tests
 	$(PY) -m pytest -n auto
+
+test-hard: $(STAMP) ## what takes longer: runs that are killed, a hundred thousand malformed inputs, a million jumps; under 40 minutes
+	$(PY) -m pytest -m hard -n auto
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
