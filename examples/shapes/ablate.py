@@ -196,8 +196,8 @@ def train_and_measure(variant: Variant) -> dict[str, Any]:
 
 
 def measure_ode(asked: Sequence[Variant]) -> None:
-    """Adds to the figures of those sampled without noise how far they leave the teacher's ODE; solves it once for all."""
-    left = [v for v in asked if (found := figures_of(v)) and "ode" not in found and Path(configuration(v).output).exists()]
+    """Adds to the figures how far they leave the teacher's ODE; solves it once for all."""
+    left = [v for v in asked if (found := figures_of(v)) and not found.get("ode") and Path(configuration(v).output).exists()]
     if not left:
         return
     # guided as in training, not as pictures are best: an adapter's own guidance is in its weights

@@ -23,7 +23,8 @@ def ode_rows(
 ) -> list[dict[str, Any]]:
     """The error at the end, and at every edge that is visited, of each adapter at each number of steps.
 
-    Means over prompts, of x_t's elements, whose variance is about 1.
+    Means over prompts, of x_t's elements, whose variance is about 1. Adapters that are sampled with new noise have one in a
+    single step alone.
     """
     asked = config.ode
     names = [
@@ -31,9 +32,11 @@ def ode_rows(
         for method in config.methods
         if method.name in gallery.settings
         and method.scheduler == "pcm"
-        and gallery.settings[method.name].eta == 0
         and not method.timesteps  # it measures numbers of steps, which stop at the grid's own
     ]
+    # an adapter that is sampled with new noise leaves the ODE by that noise, if not in a single step
+    measured = {name: [k for k in asked.steps if k == 1 or gallery.settings[name].eta == 0] for name in names}
+    names = [name for name in names if measured[name]]
     if asked.count == 0 or not names:
         return []
     backbone = FAMILIES[config.model.family](gallery.pipe)
@@ -70,7 +73,7 @@ def ode_rows(
         gallery.put_in_place(name)
         levels = levels_of(backbone, grid)
         predict = predicting(levels, sampled)
-        for steps in asked.steps:
+        for steps in measured[name]:
             errors = ode_errors(student_states(predict, levels, noise, grid, steps), solved[guidance_scale])
             row: dict[str, Any] = {"method": name, "steps": steps, "ode_error": errors.pop(END).mean().item()}
             rows.append(row | {f"at {timestep}": error.mean().item() for timestep, error in errors.items()})

@@ -23,12 +23,13 @@ from lora_training.evaluation.config import (
     ReferenceConfig,
 )
 from lora_training.evaluation.features import FeatureConfig
-from lora_training.evaluation.methods import MethodConfig
+from lora_training.evaluation.methods import Gallery, MethodConfig
+from lora_training.evaluation.ode import ode_rows
 from lora_training.evaluation.prompts import read_pairs, read_prompts
 from lora_training.evaluation.report import is_best, table, write_report
 from lora_training.evaluation.run import Evaluation
 
-from model import HERE, MODEL_DIR
+from model import HERE, MODEL_DIR, load_pipeline
 
 JUDGES = HERE / "agreement.py"
 PROMPTS = ["a red star", "a blue ring on the left", "a green heart", "a yellow cross at the top", "a pink star"]
@@ -95,6 +96,15 @@ def test_a_report_is_drawn_measured_and_written_once(config, tmp_path, monkeypat
     monkeypatch.setattr(again.gallery, "draw", None)  # pictures are there
     again.draw()
     assert again.measure() == report["rows"]
+
+
+def test_an_adapter_sampled_with_noise_is_beside_the_ode_in_one_step_alone(config):
+    config.methods = (MethodConfig("LCM", str(ADAPTERS["LCM"]), steps=(1, 4)),)
+    config.ode = OdeConfig(count=1, steps=(1, 4), solver_steps=10)
+    gallery = Gallery(load_pipeline(MODEL_DIR), config.methods)
+    (row,) = ode_rows(gallery, config, ["a red circle"], 0, torch.device("cpu"))
+    assert (row["method"], row["steps"]) == ("LCM", 1)
+    assert 0 < row["ode_error"] < 2
 
 
 def test_several_noises_give_means_and_spreads(config):
