@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+LOWEST := .venv-lowest
+LOWEST_STAMP := $(LOWEST)/.installed
 
-.PHONY: help install test test-hard lint types demo demo-edit report bench shapes shapes_xl adapters adapter_xl clean
+.PHONY: help install test test-hard test-lowest lint types demo demo-edit report bench shapes shapes_xl adapters adapter_xl clean
 
 help: ## what can be made
 	@grep -E '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -13,6 +15,11 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check uv
 	$(PY) -m uv pip install --quiet --python $(PY) --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(LOWEST_STAMP): $(STAMP) pyproject.toml constraints-lowest.txt
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(PY) -m uv pip install --quiet --python $(LOWEST)/bin/python --constraint constraints-lowest.txt --editable '.[dev]'
 	touch $@
 
 install: $(STAMP) ## the virtual environment with everything in it
@@ -28,6 +35,9 @@ test: $(STAMP) lint types ## lint, types and tests
 
 test-hard: $(STAMP) ## what takes longer: runs that are killed, a hundred thousand malformed inputs, a million jumps; under 40 minutes
 	$(PY) -m pytest -m hard -n auto
+
+test-lowest: $(LOWEST_STAMP) ## the tests with the lowest versions that pyproject.toml allows, in an environment of their own
+	$(LOWEST)/bin/python -m pytest -n auto
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,26 @@ from safetensors import SafetensorError, safe_open
 
 from pcm_scheduler.lora_file import write_safetensors
 
+from .files import remove_temporary, writing
 from .sharding import split_like, whole
+
+Settings = Mapping[str, object]
+"""What a run was told: JSON, with groups in it."""
+
+
+class NotFinite(RuntimeError):  # noqa: N818  (it reads as a sentence)
+    """What would be written holds NaN or infinity; where."""
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor], what: str) -> None:
+    """Refuse to write what nobody can use.
+
+    Raises:
+        NotFinite: a number is not finite; which tensors. `what` the file would be is for the message.
+    """
+    bad = [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+    if bad:
+        raise NotFinite(f"{what} is not written: {len(bad)} of its {len(tensors)} tensors are not finite, such as {bad[0]}.")
 
 
 def save_checkpoint(
@@ -22,7 +42,7 @@ def save_checkpoint(
     step: int,
     average: Mapping[str, torch.Tensor] | None = None,
     scaler: torch.amp.GradScaler | None = None,
-    run: str = "",
+    settings: Settings | None = None,
     write: bool = True,
 ) -> None:
     """Write parameters, what the optimiser remembers of each, and optionally their running average.
@@ -36,8 +56,12 @@ def save_checkpoint(
         step: how many steps are done.
         average: by the same names.
         scaler: of fp16 losses.
-        run: what the run was told; `load_checkpoint` refuses another.
+        settings: what the run was told; `load_checkpoint` refuses others.
         write: this process writes the file.
+
+    Raises:
+        CannotWrite: the disk is full, or the like; no part of the file is left.
+        NotFinite: the state is of no use; which tensors.
     """
     parts = {f"weight/{name}": p for name, p in parameters.items()}
     parts |= {f"average/{name}": p for name, p in (average or {}).items()}
@@ -53,14 +77,41 @@ def save_checkpoint(
             tensors[name] = tensor.cpu()
     if not write:
         return
+    check_finite(tensors, f"The state after step {step}")
     scalars = {"state": numbers, "groups": [_plain(group) for group in optimizer.param_groups]}
     scalars |= {"scaler": scaler.state_dict()} if scaler else {}
-    write_safetensors(tensors, path, {"step": str(step), "run": run, "optimizer": json.dumps(scalars)})
+    told = {"step": str(step), "run": json.dumps(settings or {}), "optimizer": json.dumps(scalars)}
+    with writing(path):
+        write_safetensors(tensors, path, told)
 
 
 def _plain(group: Mapping[str, object]) -> dict[str, object]:
     """What an optimiser keeps of a whole group, such as Prodigy's step size."""
     return {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in group.items() if k != "params"}
+
+
+def _flat(settings: Settings, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Every setting by its full name, such as `lora.rank`."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def differences(then: Settings, now: Settings) -> dict[str, tuple[str, str]]:
+    """Settings that two runs were told differently: full name -> (then, now), as JSON; `not set` where one has no such."""
+    before, after = (dict(_flat(json.loads(json.dumps(settings)))) for settings in (then, now))
+    said = {
+        name: tuple(json.dumps(known[name]) if name in known else "not set" for known in (before, after))
+        for name in before | after
+    }
+    return {name: (old, new) for name, (old, new) in said.items() if old != new}
+
+
+def listed(different: Mapping[str, tuple[str, str]]) -> str:
+    """A line for each, for people."""
+    return "\n".join(f"  {name}: {old} in the checkpoint, {new} now" for name, (old, new) in different.items())
 
 
 def load_checkpoint(
@@ -69,23 +120,38 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     average: Mapping[str, torch.Tensor] | None = None,
     scaler: torch.amp.GradScaler | None = None,
-    run: str = "",
+    settings: Settings | None = None,
+    may_change: Collection[str] = (),
 ) -> int:
     """The reverse of `save_checkpoint`, in place; returns how many steps are done.
 
+    Args:
+        path, parameters, optimizer, average, scaler, settings: as there.
+        may_change: settings, or groups of them, that may differ from the checkpoint's.
+
     Raises:
-        ValueError: the checkpoint is of other parameters than these, or of a run that was told something else.
+        ValueError: the checkpoint is of other parameters than these, or of a run that was told something else; what.
     """
     with safe_open(path, framework="pt") as file, torch.no_grad():
         keys = sorted(file.keys())  # the same order in every process: parts are handed out together
-        if file.metadata().get("run", "") != run:
+        told = file.metadata() or {}
+        if not {"step", "optimizer"} <= told.keys():
+            raise ValueError(f"{path} is not a checkpoint of this trainer. Move it away.")
+        refused = {
+            name: values
+            for name, values in differences(json.loads(told.get("run") or "{}"), settings or {}).items()
+            if not _is_among(name, may_change)
+        }
+        if refused:
             raise ValueError(
-                f"{path} is of a run with other settings:\n{file.metadata()['run']}\nRestore them, or move it away."
+                f"{path} is of a run with other settings:\n{listed(refused)}\n"
+                "Restore them to go on from it; or begin anew, with another output, or with `resume: no`, which keeps the old "
+                "checkpoints aside."
             )
         found = {k.removeprefix("weight/"): file.get_slice(k).get_shape() for k in keys if k.startswith("weight/")}
         if found != {name: list(p.shape) for name, p in parameters.items()}:
             raise ValueError(f"{path} is of a run with other parameters. Restore the settings, or move it away.")
-        scalars = json.loads(file.metadata()["optimizer"])
+        scalars = json.loads(told["optimizer"])
         for name, p in parameters.items():
             p.copy_(split_like(file.get_tensor(f"weight/{name}"), p))
             prefix = f"optimizer/{name}/"
@@ -102,7 +168,12 @@ def load_checkpoint(
             scaler.load_state_dict(scalars["scaler"])
         for name, p in (average or {}).items():
             p.copy_(split_like(file.get_tensor(f"average/{name}"), p))
-        return int(file.metadata()["step"])
+        return int(told["step"])
+
+
+def _is_among(name: str, settings: Collection[str]) -> bool:
+    """Whether a full name is one of these, or in a group that is."""
+    return any(f"{name}.".startswith(f"{other}.") for other in settings)
 
 
 @dataclass(frozen=True)
@@ -112,12 +183,14 @@ class Checkpoints:
     Args:
         folder: made when the first is saved.
         kept: how many; 0 keeps all.
-        run: what the run was told.
+        settings: what the run was told.
+        may_change: settings, or groups of them, that may differ between a run and its continuation.
     """
 
     folder: Path
     kept: int
-    run: str
+    settings: Settings
+    may_change: tuple[str, ...] = ()
 
     def all(self) -> list[Path]:
         """Oldest first."""
@@ -138,11 +211,34 @@ class Checkpoints:
     ) -> None:
         """Write one, then remove those beyond `kept`; as `save_checkpoint`, every process calls it."""
         path = self.folder / f"step-{step:08d}.safetensors"
-        save_checkpoint(path, parameters, optimizer, step, average, scaler, self.run, write)
+        save_checkpoint(path, parameters, optimizer, step, average, scaler, self.settings, write)
         if not write:
             return
+        self._remove_leftovers()
         for path in self.all()[: -self.kept] if self.kept else []:
             path.unlink()
+
+    def _remove_leftovers(self) -> None:
+        """Of writes that were killed."""
+        remove_temporary(self.folder / "step-.safetensors", ".*.tmp")
+
+    def set_aside(self) -> Path | None:
+        """Rename the folder, for a run that begins anew and must not be mistaken for this one; returns its new name."""
+        if not self.all():
+            return None
+        number = 1
+        while (aside := self.folder.with_name(f"{self.folder.name}-before-{number}")).exists():
+            number += 1
+        os.rename(self.folder, aside)
+        return aside
+
+    def changed(self) -> dict[str, tuple[str, str]]:
+        """What the newest was told differently; as `differences`."""
+        path = self.latest()
+        if path is None:
+            return {}
+        with safe_open(path, framework="pt") as file:
+            return differences(json.loads((file.metadata() or {}).get("run") or "{}"), self.settings)
 
     def load_latest(
         self,
@@ -160,12 +256,13 @@ class Checkpoints:
         if path is None:
             return 0
         try:
-            return load_checkpoint(path, parameters, optimizer, average, scaler, self.run)
-        except SafetensorError as error:
+            return load_checkpoint(path, parameters, optimizer, average, scaler, self.settings, self.may_change)
+        except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} cannot be read ({error}). Remove it to go on from the one before.") from error
 
     def remove(self) -> None:
         """All of them: the run is done."""
+        self._remove_leftovers()
         for path in self.all():
             path.unlink()
         if self.folder.is_dir() and not any(self.folder.iterdir()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -23,28 +24,31 @@ from pcm_scheduler.lora_file import AdapterSettings
 from pcm_scheduler.phases import PhaseGrid
 
 from .backbones import load_backbone
-from .checkpoint import Checkpoints
+from .checkpoint import Checkpoints, NotFinite, check_finite, listed
 from .config import DTYPES, TrainConfig
 from .cpu import keep_freed_memory, use_plain_attention
 from .data.latent_cache import LatentCache, TrainingData
 from .data.sources import open_source
 from .data.stream import StreamingData
 from .discriminator import AdversarialLoss
-from .files import write_text
+from .files import CannotWrite, check_writable, write_text, writing
 from .hub import push
 from .model_card import model_card
 from .objectives import ConsistencyObjective, sampling_eta, target_decay
 from .optimizers import build_optimizer, learning_rate
 from .randomness import generator_of, seed_of
-from .sharding import shard_mesh
+from .sharding import shard_mesh, whole
 from .students import build_student
 from .validation import draw_sheet, fixed_loss, latent_shape
 
 # What may change between a run and its continuation.
-_NOT_IDENTITY = (
+_MAY_CHANGE = (
     "output", "title", "checkpoint_every", "checkpoints_kept", "resume", "max_bad_steps", "gradient_checkpointing", "compile",
-    "log_with", "validation", "push_to_hub", "dry_run",
+    "log_with", "validation", "push_to_hub", "dry_run", "data.cache", "data.encode_batch_size",
 )  # fmt: skip
+
+# In the messages of torch.distributed's backends when a connection to another process breaks or nothing comes from it.
+_LOST = re.compile(r"gloo|nccl|closed by peer|connection reset|timed out", re.IGNORECASE)
 
 
 class Interrupted(Exception):  # noqa: N818  (not an error)
@@ -59,12 +63,15 @@ class Run:
 
     Raises:
         ValueError: a model, data or adapter that does not fit the configuration.
+        CannotWrite: a RuntimeError; the output, or the run's folder beside it, could not be written.
     """
 
     def __init__(self, config: TrainConfig):
         self.config = config
         self.output = Path(config.output)
         self.folder = self.output.with_suffix(".run")
+        for file in (self.output, self.folder / "config.yaml"):
+            check_writable(file)
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             log_with=None if config.log_with == "none" else config.log_with,
@@ -76,6 +83,7 @@ class Run:
                 "To split the weights between processes, launch with examples/accelerate/fsdp.yaml."
             )
         self.mesh = shard_mesh(self.accelerator)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoints_kept, asdict(config), _MAY_CHANGE)
         set_seed(config.seed)
         on_cpu = self.accelerator.device.type == "cpu"
         if on_cpu:
@@ -86,7 +94,8 @@ class Run:
         for part in (self.backbone.vae, *self.backbone.text_encoders, self.backbone.unet):
             part.to(self.accelerator.device)
         self.critic = self._build_critic()  # before pictures are encoded: it may lack weights
-        self.data = self._load_data()
+        with self._in_words():
+            self.data = self._load_data()
         self.latent_shape = latent_shape(self.data.fixed)
         self.backbone.check_sample(self.latent_shape)
         self.grids = config.grids(self.backbone.num_train_timesteps)
@@ -104,8 +113,6 @@ class Run:
         # the UNet stays bare: only gradients of what is trained travel between processes, in _average_gradients or by FSDP
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.objectives = [ConsistencyObjective(self.backbone, grid, config.objective) for grid in self.grids]
-        identity = {k: v for k, v in asdict(config).items() if k not in _NOT_IDENTITY}
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoints_kept, run=json.dumps(identity))
 
     def _build_critic(self) -> AdversarialLoss | None:
         config = self.config.adversarial
@@ -144,7 +151,7 @@ class Run:
         return self.grids[-1]
 
     def step(self, step: int) -> float:
-        """Optimisation step number `step`; returns the loss, NaN or infinite if the step was skipped for it."""
+        """Optimisation step number `step`; returns the loss; NaN or infinite if it, or a gradient, was, and nothing changed."""
         config, device = self.config, self.accelerator.device
         names = (config.seed, self.accelerator.process_index, step)
         torch.manual_seed(seed_of(*names))  # dropout
@@ -169,10 +176,19 @@ class Run:
         if self.mesh is None:
             _average_gradients(self.accelerator, parameters)
         self.optimizer.param_groups[0]["lr"] = learning_rate(config.optimizer, step)  # the critic's own is constant
-        self.accelerator.clip_grad_norm_(self.student.parameters.values(), config.optimizer.max_grad_norm)
+        norm = self.accelerator.clip_grad_norm_(self.student.parameters.values(), config.optimizer.max_grad_norm)
+        if self.accelerator.scaler is None and not self._finite(norm):
+            return math.nan
         self.optimizer.step()
+        if self.optimizer.step_was_skipped:  # by the scaler of fp16 losses, which takes a smaller scale from now on
+            return math.nan
         self.student.update_target(target_decay(config.objective, progress))
         return total
+
+    def _finite(self, norm: torch.Tensor) -> bool:
+        """Whether every gradient is, from the norm of the student's; the same in all processes, for gradients are."""
+        judged = [p.grad.norm() for p in self.critic.parameters.values() if p.grad is not None] if self.critic else []
+        return math.isfinite(sum(judged, start=whole(norm).float()).item())
 
     def _agreed(self, value: float) -> float:
         """The mean over processes, so that all of them skip a bad step or none does."""
@@ -185,12 +201,34 @@ class Run:
 
         Raises:
             Interrupted: SIGTERM or Ctrl-C; the state is saved.
-            RuntimeError: too many bad steps in a row, or out of memory; what to change.
+            ValueError: the newest checkpoint is of a run that was told something else, or cannot be read.
+            RuntimeError: too many bad steps in a row, out of memory, a disk that is full, another process that has ended; what
+                to do, and where the run goes on.
         """
+        with self._in_words():
+            return self._train()
+
+    def _begin(self) -> int:
+        """Restore the newest checkpoint, or set those of an earlier run aside; returns how many steps are done."""
+        config, main = self.config, self.accelerator.is_main_process
+        if config.resume == "no":
+            aside = self.checkpoints.set_aside() if main else None
+            if aside:
+                print(f"the checkpoints of an earlier run are now in {aside}")
+            self.accelerator.wait_for_everyone()
+            return 0
+        scaler, average = self.accelerator.scaler, self.student.target_parameters
+        first = self.checkpoints.load_latest(self.parameters, self.optimizer.optimizer, average, scaler)
+        changed = self.checkpoints.changed() if first else {}
+        if main and changed:
+            print(f"going on after step {first} with other settings:\n{listed(changed)}", file=sys.stderr)
+        return first
+
+    def _train(self) -> Path:
         config, main = self.config, self.accelerator.is_main_process
         state = (self.parameters, self.optimizer.optimizer)
         average, scaler = self.student.target_parameters, self.accelerator.scaler
-        first = self.checkpoints.load_latest(*state, average, scaler) if config.resume == "latest" else 0
+        first = self._begin()
         self.data.skip(first * config.optimizer.gradient_accumulation, config.optimizer.batch_size)
         if main:
             if self.mesh:
@@ -203,17 +241,20 @@ class Run:
             desc=self.output.stem, disable=not main, mininterval=1.0,
         )  # fmt: skip
         smoothed, bad, bad_in_a_row = None, 0, 0
-        with _stop_requests() as asked, self._memory_advice():
+        with _stop_requests() as asked:
             for step in bar:
                 value = self.step(step)
                 if not math.isfinite(value):
                     bad, bad_in_a_row = bad + 1, bad_in_a_row + 1
                     if bad_in_a_row >= config.max_bad_steps:
                         raise RuntimeError(
-                            f"The loss was not a number for {bad_in_a_row} steps in a row, up to step {step}. "
+                            f"The loss or its gradient was not finite for {bad_in_a_row} steps in a row, up to step {step}. "
                             f"Lower optimizer.learning_rate (now {config.optimizer.learning_rate:g}), or set mixed_precision "
-                            f"to bf16 or no (now {config.mixed_precision}). The last good state is {self.checkpoints.latest()}."
+                            f"to bf16 or no (now {config.mixed_precision}). The last good state is "
+                            f"{self.checkpoints.latest() or 'the beginning: there is no checkpoint yet'}."
                         )
+                    if main and bad_in_a_row == 1:
+                        bar.write(f"step {step}: the loss or its gradient is not finite; skipped", file=sys.stderr)
                 else:
                     bad_in_a_row = 0
                     smoothed = value if smoothed is None else 0.98 * smoothed + 0.02 * value
@@ -251,25 +292,49 @@ class Run:
         return shown | {"memory": f"{memory / 2**30:.1f}GiB"}
 
     @contextmanager
-    def _memory_advice(self) -> Iterator[None]:
+    def _in_words(self) -> Iterator[None]:
+        """What goes wrong outside the run itself, with what to do about it, as RuntimeErrors."""
         try:
             yield
         except torch.OutOfMemoryError as error:
-            config = self.config
-            advice = [
-                ("mixed_precision: bf16", config.mixed_precision == "no"),
-                ("gradient_checkpointing: true", not config.gradient_checkpointing),
-                (
-                    f"optimizer.batch_size: {config.optimizer.batch_size // 2} with "
-                    f"optimizer.gradient_accumulation: {config.optimizer.gradient_accumulation * 2}",
-                    config.optimizer.batch_size > 1,
-                ),
-                ("trainable: lora", config.trainable != "lora"),
-                ("adversarial.crop: 16", config.adversarial.space == "pixel" and not 0 < config.adversarial.crop <= 16),
-                (f"lora.rank: {config.lora.rank // 2}", config.lora.rank > 1),
-            ]
-            option = next((text for text, open_ in advice if open_), "a smaller data.resolution")
-            raise RuntimeError(f"Out of memory. Next to try: {option}. ({str(error).splitlines()[0]})") from error
+            raise RuntimeError(f"Out of memory. Next to try: {self._smaller()}. ({str(error).splitlines()[0]})") from error
+        except (CannotWrite, NotFinite) as error:
+            raise RuntimeError(f"{error} {self._goes_on}") from error
+        except OSError as error:
+            raise RuntimeError(f"A file or a connection failed: {error}. {self._goes_on}") from error
+        except RuntimeError as error:
+            if self.accelerator.num_processes == 1 or not _LOST.search(str(error)):
+                raise
+            raise RuntimeError(
+                "Another process of this run has ended or does not answer, and this one cannot go on alone. Why is in its own "
+                f"message; if there is none, the system may have killed it for its memory. {self._goes_on} "
+                f"({str(error).splitlines()[0]})"
+            ) from error
+
+    @property
+    def _goes_on(self) -> str:
+        """Where the run does, for messages."""
+        latest, begin = self.checkpoints.latest(), "The same command" if self.config.resume == "latest" else "`resume: latest`"
+        if latest is None:
+            return f"{begin} begins again: there is no checkpoint yet, and checkpoint_every is {self.config.checkpoint_every}."
+        return f"{begin} goes on from {latest}."
+
+    def _smaller(self) -> str:
+        """What to change next when memory is short."""
+        config = self.config
+        advice = [
+            ("mixed_precision: bf16", config.mixed_precision == "no"),
+            ("gradient_checkpointing: true", not config.gradient_checkpointing),
+            (
+                f"optimizer.batch_size: {config.optimizer.batch_size // 2} with "
+                f"optimizer.gradient_accumulation: {config.optimizer.gradient_accumulation * 2}",
+                config.optimizer.batch_size > 1,
+            ),
+            ("trainable: lora", config.trainable != "lora"),
+            ("adversarial.crop: 16", config.adversarial.space == "pixel" and not 0 < config.adversarial.crop <= 16),
+            (f"lora.rank: {config.lora.rank // 2}", config.lora.rank > 1),
+        ]
+        return next((text for text, open_ in advice if open_), "a smaller data.resolution")
 
     def validate(self, step: int) -> None:
         """Pictures, the loss of fixed samples and the consistency of few and many steps, into the run's folder."""
@@ -285,10 +350,14 @@ class Run:
         sheet.save(self.folder / "samples" / f"step-{step:08d}.png")
         figures = {"validation_loss": loss, "consistency": sheet.consistency()}
         self.accelerator.log(figures, step)
+        for name, value in figures.items():
+            if not math.isfinite(value):
+                print(f"after step {step}: {name} is {value}, so the pictures are of no use either", file=sys.stderr)
         table = self.folder / "validation.csv"
-        head = "" if table.exists() else ",".join(["step", *figures]) + "\n"
-        with table.open("a", encoding="utf-8") as file:
-            file.write(head + ",".join([str(step), *(f"{value:.6g}" for value in figures.values())]) + "\n")
+        rows = table.read_text(encoding="utf-8").splitlines()[1:] if table.exists() else []
+        rows = [row for row in rows if _step_of(row) < step]  # what is drawn again after an interruption has one row
+        rows.append(",".join([str(step), *(f"{value:.6g}" for value in figures.values())]))
+        write_text(table, "\n".join([",".join(["step", *figures]), *rows]) + "\n")
 
     @property
     def eta(self) -> float:
@@ -301,6 +370,7 @@ class Run:
         state = self.student.state()
         if not self.accelerator.is_main_process:
             return
+        check_finite({name: tensor.half() for name, tensor in state.items()}, f"{self.output}, in fp16,")
         low, high = config.objective.guidance_range
         settings = AdapterSettings(
             base_model=backbone.family,
@@ -315,7 +385,8 @@ class Run:
             **backbone.betas,
         )
         extra = {"pcm_trainer.version": __version__, "pcm_trainer.config": json.dumps(_without_folders(asdict(config)))}
-        self.student.write(self.output, state, settings, config.title, extra)
+        with writing(self.output):
+            self.student.write(self.output, state, settings, config.title, extra)
         sample = f"samples/step-{config.optimizer.steps:08d}.png"
         write_text(self.folder / "README.md", model_card(config, settings, self.data.describe(), sample))
 
@@ -353,6 +424,12 @@ def _stop_requests() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _step_of(row: str) -> int:
+    """The step of a line of validation.csv; of one that is none, later than all."""
+    first = row.split(",")[0]
+    return int(first) if first.isdigit() else sys.maxsize
 
 
 def _without_folders(value: object) -> object:

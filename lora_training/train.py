@@ -77,7 +77,7 @@ def main() -> None:
         if run.accelerator.is_main_process:
             print(stopped)
         return
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"train.py: {error}")
     if run.accelerator.is_main_process:
         print(f"wrote {path}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pcm_scheduler.scheduling_pcm import PCMScheduler
 from .backbones import Backbone
 from .config import ValidationConfig
 from .data.latent_cache import TrainingData
+from .files import replaced
 from .objectives import ConsistencyObjective
 from .randomness import generator_of
 
@@ -42,10 +42,8 @@ class Sheet:
             draw.text((6, i * (height + gap) + height // 2), f"{steps} steps, g {guidance:g}", fill="black")
             for j, picture in enumerate(row):
                 sheet.paste(picture, (label + j * (width + gap), i * (height + gap)))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        sheet.save(temporary, format="PNG")
-        os.replace(temporary, path)
+        with replaced(path) as temporary:
+            sheet.save(temporary, format="PNG")
 
     def consistency(self) -> float:
         """Mean cosine between the latents of the fewest and of the most steps, at the lowest guidance; 1: the same picture."""

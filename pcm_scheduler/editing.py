@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from .operators import Operator
 from .phases import PhaseGrid
-from .sampling import Denoiser, NoiseSampler, check_eta, jump
+from .sampling import Denoiser, NoiseSampler, check_eta, jump, warn_if_not_finite
 
 StepEnd = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None]
 """(step number, the new sample, x_0), called after each step but the last; a sample that it returns replaces the new one."""
@@ -157,6 +157,7 @@ def sample_edit(
         weight = (picture_spread * share / measurement_noise) ** 2 if measurement_noise else None
         last = i + 1 == steps
         if last or projected[i]:
+            warn_if_not_finite(x0, i + 1)  # a projection may hide it: it makes numbers of NaN
             picture = measured(codec.decode(x0), operator, measurement, weight)
         if last:
             break

@@ -7,6 +7,7 @@ Variance-preserving hosts pass alpha = sqrt(alphas_cumprod), sigma = sqrt(1 - al
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -64,6 +65,29 @@ def jump(
     return jumped if noise is None or eta == 0 else jumped + (next_sigma * fresh) * noise
 
 
+def warn_if_not_finite(sample: torch.Tensor, steps: int, stacklevel: int = 3) -> None:
+    """Say which samples have become NaN or infinite; hosts show those as black pictures, and say little or nothing.
+
+    For the end of sampling, not for every step: a GPU's answer has to be waited for. While a CUDA graph is captured, where
+    that is not allowed, nothing is said.
+
+    Args:
+        sample: (N, ...).
+        steps: that led to it.
+        stacklevel: of the warning.
+    """
+    if sample.is_meta or (sample.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    if not sample.isfinite().all():
+        bad = [i for i, one in enumerate(sample) if not one.isfinite().all()]
+        warnings.warn(
+            f"After {steps} step{'s' * (steps > 1)} {len(bad)} of {len(sample)} samples are not finite (in the batch: "
+            f"{', '.join(map(str, bad))}): their pictures are black or mean nothing. If the network runs in float16, run it in "
+            "bfloat16 or float32, or lower the guidance; else its weights or the adapter's are broken.",
+            stacklevel=stacklevel,
+        )
+
+
 def sample_phased(
     denoiser: Denoiser,
     sample: torch.Tensor,
@@ -103,4 +127,5 @@ def sample_phased(
             callback(i, sample, x0)
         noise = noise_sampler(sigmas[i], sigmas[i + 1]) if noise_sampler and eta > 0 and sigmas[i + 1] > 0 else None
         sample = jump(sample, x0, alphas[i], sigmas[i], alphas[i + 1], sigmas[i + 1], eta, noise)
+    warn_if_not_finite(sample, len(sigmas) - 1)
     return sample

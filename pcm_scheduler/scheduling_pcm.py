@@ -25,7 +25,7 @@ from .noise_schedule import (
     widen,
 )
 from .phases import PhaseGrid
-from .sampling import check_eta, noise_fractions
+from .sampling import check_eta, noise_fractions, warn_if_not_finite
 
 FINAL_SIGMAS_TYPES = ("zero", "sigma_min")
 
@@ -320,7 +320,7 @@ class PCMScheduler(SchedulerMixin, ConfigMixin):
         Jump from this stop to the next.
 
         `x_s = alpha_s x_0 + sigma_s (sqrt(r) eps + sqrt(1-r) z)` with `sqrt(r) = 1 - eta` (arXiv 2405.18407, Eq. 44).
-        Computed in float32; returned in the sample's dtype.
+        Computed in float32; returned in the sample's dtype. After the last step a sample that is not finite is warned about.
 
         Args:
             model_output (`torch.Tensor` of shape `(batch_size, num_channels, ...)`):
@@ -352,7 +352,8 @@ class PCMScheduler(SchedulerMixin, ConfigMixin):
 
         x = widen(sample)
         x0 = _combine(x, a, model_output, b)
-        ends_at_x0 = self._step_index == len(self._coefficients) and self.config.final_sigmas_type == "zero"
+        last = self._step_index == len(self._coefficients)
+        ends_at_x0 = last and self.config.final_sigmas_type == "zero"
         if eta:
             check_eta(eta)
             self._warn_about_eta(eta)
@@ -366,6 +367,8 @@ class PCMScheduler(SchedulerMixin, ConfigMixin):
             noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
             prev = _combine(_combine(x, p - lost * c, model_output, q - lost * d), 1.0, noise, fresh * next_sigma)
         prev, x0 = prev.to(sample.dtype), x0.to(sample.dtype)
+        if last and not torch.compiler.is_compiling():
+            warn_if_not_finite(prev, self._step_index)
         return PCMSchedulerOutput(prev, x0) if return_dict else (prev, x0)
 
     def _warn_about_eta(self, eta: float) -> None:

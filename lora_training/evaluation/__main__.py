@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
 
+from ..files import CannotWrite
 from .config import EvaluationConfig
 from .report import write_report
 from .run import Evaluation
@@ -42,7 +43,7 @@ def main() -> None:
         report = evaluation.run()
         if report is not None:
             print(write_report(evaluation, report).read_text(encoding="utf-8"))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, CannotWrite) as error:
         sys.exit(f"evaluation: {error}")
 
 

@@ -58,7 +58,7 @@ def load_scorer(config: ScorerConfig, device: torch.device | str = "cpu", settin
     Raises:
         FileNotFoundError: weights are missing; which, and where they come from.
         ValueError: a library is missing, weights are another network's, or the factory is not there. When called: not as many
-            texts as pictures.
+            texts as pictures, or scores that are not finite.
     """
     if config.kind == "factory":
         judge: Scorer = call_factory(config.factory, config.path, device, setting)
@@ -75,7 +75,10 @@ def load_scorer(config: ScorerConfig, device: torch.device | str = "cpu", settin
     def score(pictures: torch.Tensor, texts: Sequence[str]) -> torch.Tensor:
         if len(pictures) != len(texts):
             raise ValueError(f"Every picture is judged beside its own text; got {len(pictures)} and {len(texts)}.")
-        return judge(pictures.to(device), texts).float().cpu()
+        scores = judge(pictures.to(device), texts).float().cpu()
+        if not scores.isfinite().all():
+            raise ValueError(f"{setting} ({config.kind}) gave scores that are not finite, such as for {texts[0]!r}.")
+        return scores
 
     return score
 

@@ -65,6 +65,10 @@ def load_features(config: FeatureConfig, device: torch.device | str = "cpu", set
             raise ValueError(
                 f"{setting} ({config.kind}) must give (N, D); got {tuple(found.shape)} for {len(pictures)} pictures."
             )
+        if not found.isfinite().all():  # distances to it would be, or look like a picture that nothing is near to
+            raise ValueError(
+                f"{setting} ({config.kind}) gave features that are not finite: its weights are broken, or it overflows."
+            )
         return found
 
     return features

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
 from ..config import chosen
+from ..files import replaced
 from .methods import Gallery, MethodConfig
 
 
@@ -58,10 +58,8 @@ class Pictures:
 
     def keep(self, number: int, picture: torch.Tensor) -> None:
         """A picture, uint8 (3, H, W), or a clip, (F, 3, H, W), under its number."""
-        path = self.path(number)
-        temporary = path.with_suffix(".tmp")
-        to_pil_image(side_by_side(picture) if self.frames else picture).save(temporary, format="PNG", compress_level=1)
-        os.replace(temporary, path)
+        with replaced(self.path(number)) as temporary:
+            to_pil_image(side_by_side(picture) if self.frames else picture).save(temporary, format="PNG", compress_level=1)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         """Batches (N, 3, H, W), or of clips (N, F, 3, H, W), in [-1, 1], in order.

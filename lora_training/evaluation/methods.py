@@ -209,6 +209,9 @@ class Gallery:
             negative_prompts: N texts.
             guidance_scale: instead of the method's.
             output_type: `pt`: pictures (N, 3, H, W), or clips (N, F, 3, H, W), in [0, 1]; `latent`: as `noise`.
+
+        Raises:
+            ValueError: some came out as NaN or infinite, which would be kept and measured as black; which.
         """
         self.put_in_place(name)
         latents = self.noise(indices, size, seed).to(self.pipe.unet.device, self.pipe.unet.dtype)
@@ -225,7 +228,15 @@ class Gallery:
             output_type=output_type,
             **({"num_frames": self.frames} if self.frames else {}),
         )
-        return drawn.frames if self.frames else drawn.images
+        found = drawn.frames if self.frames else drawn.images
+        bad = [n for n, one in zip(indices, found, strict=True) if not one.isfinite().all()]
+        if bad:
+            raise ValueError(
+                f"Method {name} in {steps} steps drew {len(bad)} of {len(prompts)} with numbers that are not finite, from seed "
+                f"{seed} such as number {bad[0]}, {prompts[list(indices).index(bad[0])]!r}. With precision fp16 try bf16 or "
+                f"fp32 (the UNet is {self.pipe.unet.dtype} now); else the adapter or the model is broken."
+            )
+        return found
 
 
 def _first(chosen: float | None, otherwise: float) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 from tabulate import tabulate
 
-from ..files import write_text
+from ..files import replaced, write_text
 from ..frames import shown_frames
 from .generation import side_by_side
 from .metrics import METRICS
@@ -104,9 +103,8 @@ def plot(rows: Sequence[dict[str, Any]], root: Path) -> list[Path]:
         axes.set(xlabel="steps", ylabel=f"{metric.title} ({metric.unit})" if metric.unit else metric.title)
         axes.legend()
         path = root / f"{name}.png"
-        temporary = path.with_suffix(".tmp")
-        figure.savefig(temporary, format="png", dpi=120)
-        os.replace(temporary, path)
+        with replaced(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=120)
         written.append(path)
     return written
 
@@ -125,9 +123,8 @@ def picture_grid(evaluation: Evaluation, path: Path) -> Path:
         for j, picture in enumerate(pictures):
             pixels = ((picture + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
             sheet.paste(Image.fromarray(pixels), (label + j * (width + gap), i * (height + gap)))
-    temporary = path.with_suffix(".tmp")
-    sheet.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with replaced(path) as temporary:
+        sheet.save(temporary, format="PNG")
     return path
 
 

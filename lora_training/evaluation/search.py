@@ -32,7 +32,7 @@ from tqdm import tqdm
 from pcm_scheduler.phases import PhaseGrid
 from pcm_scheduler.time_search import Timesteps, search_timesteps
 
-from ..files import write_text
+from ..files import CannotWrite, write_text
 from .__main__ import config_first
 from .alignment import mean_score
 from .config import EvaluationConfig
@@ -344,7 +344,7 @@ def main() -> None:
         print(text_of(search.run(), search.path))
     except KeyboardInterrupt:
         sys.exit("search: stopped. What was measured is kept; the same command goes on from there.")
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, CannotWrite) as error:
         sys.exit(f"search: {error}")
 
 
