@@ -55,6 +55,10 @@ report: $(STAMP) ## docs/results.md: every claim measured on the shapes model; a
 
 bench: $(STAMP) ## the tables in benchmarks/README.md and docs/editing.md; hours
 	$(PY) benchmarks/scheduler_step.py --write
+	$(PY) benchmarks/training_step.py --write
+	$(PY) benchmarks/sampling.py
+	$(PY) benchmarks/sampling.py --video --write
+	$(PY) benchmarks/scaling.py --write
 	$(PY) benchmarks/editing.py
 
 shapes: $(STAMP) ## train and measure the shapes model again

@@ -7,15 +7,11 @@ python benchmarks/scheduler_step.py --write    (also rewrites the table in bench
 from __future__ import annotations
 
 import argparse
-import platform
-import re
 import time
-from pathlib import Path
 
-import diffusers
 import torch
 from diffusers import DDIMScheduler, LCMScheduler, TCDScheduler
-from tabulate import tabulate
+from measuring import conditions, table, write_section
 
 from pcm_scheduler import PCMScheduler
 
@@ -52,7 +48,7 @@ def microseconds(scheduler, shape: tuple[int, ...], device: str, dtype: torch.dt
     return sorted(times)[ROUNDS // 2]
 
 
-def table(device: str, dtype: torch.dtype) -> str:
+def compared(device: str, dtype: torch.dtype) -> str:
     """Markdown: microseconds per step and the ratio to TCDScheduler."""
     measured = {
         name: {s: microseconds(scheduler, shape, device, dtype) for s, shape in SHAPES.items()}
@@ -62,7 +58,7 @@ def table(device: str, dtype: torch.dtype) -> str:
         [name, *(f"{times[s]:.0f} ({times[s] / measured['TCDScheduler'][s]:.2f})" for s in SHAPES)]
         for name, times in measured.items()
     ]
-    return tabulate(rows, headers=["", *SHAPES], tablefmt="github", disable_numparse=True)
+    return table(rows, ["", *SHAPES])
 
 
 def main() -> None:
@@ -73,17 +69,11 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.set_num_threads(1)  # latents are small; threads only add noise
-    name = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, one thread"
-    text = (
-        f"Microseconds per step (ratio to TCDScheduler), {args.dtype}, {args.device} ({name}), "
-        f"torch {torch.__version__}, diffusers {diffusers.__version__}:\n\n{table(args.device, getattr(torch, args.dtype))}\n"
-    )
+    measured = compared(args.device, getattr(torch, args.dtype))
+    text = f"Microseconds per step (ratio to TCDScheduler), {args.dtype}, {conditions(args.device)}:\n\n{measured}"
     print(text)
     if args.write:
-        readme = Path(__file__).parent / "README.md"
-        begin, end = f"<!-- scheduler_step {args.device} -->", "<!-- end -->"
-        pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-        readme.write_text(pattern.sub(lambda _: f"{begin}\n{text}{end}", readme.read_text(encoding="utf-8")), encoding="utf-8")
+        write_section(f"scheduler_step {args.device}", text)
 
 
 if __name__ == "__main__":

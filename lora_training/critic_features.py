@@ -33,6 +33,7 @@ from .config import AdversarialConfig
 from .distances import load_lpips
 from .frames import batch_as_frames, frames_as_batch
 from .local_weights import call_factory
+from .randomness import sent
 
 if TYPE_CHECKING:
     from .objectives import ConsistencyObjective, Landing
@@ -112,7 +113,7 @@ class TeacherFeatures:
         generator: torch.Generator,
     ) -> Maps:
         level = draw_level(landing.stop, objective, generator)
-        noise = torch.randn(landed.shape, generator=generator).to(landed.device)
+        noise = sent(torch.randn(landed.shape, generator=generator), landed.device)
         both = torch.cat([landed, landing.target])
         shown = renoised(both, objective, landing.stop.repeat(2), level.repeat(2), torch.cat([noise, noise]))
         return self.read(shown, objective.levels.timesteps[level].repeat(2), joined(conditioning, conditioning))
@@ -135,9 +136,9 @@ class TeacherFeatures:
 
 def draw_level(stop: torch.Tensor, objective: ConsistencyObjective, generator: torch.Generator) -> torch.Tensor:
     """Points from the stop to the top of the phase above it, uniform, (B,)."""
-    edges = torch.tensor(objective.grid.edge_indices, device=stop.device)
+    edges = objective.edges
     top = edges[torch.searchsorted(edges, stop, right=True).clamp(max=len(edges) - 1)]
-    share = torch.rand(len(stop), generator=generator).to(stop.device)
+    share = sent(torch.rand(len(stop), generator=generator), stop.device)
     return stop + (share * (top - stop + 1)).long()
 
 

@@ -96,6 +96,7 @@ class Run:
         self.critic = self._build_critic()  # before pictures are encoded: it may lack weights
         with self._in_words():
             self.data = self._load_data()
+        self.empty = {name: tensor.to(self.accelerator.device, torch.float32) for name, tensor in self.data.empty.items()}
         self.latent_shape = latent_shape(self.data.fixed)
         self.backbone.check_sample(self.latent_shape)
         self.grids = config.grids(self.backbone.num_train_timesteps)
@@ -159,17 +160,16 @@ class Run:
         progress = step / config.optimizer.steps
         if self.critic:
             self.critic.step = step
-        empty = {name: tensor.to(device, torch.float32) for name, tensor in self.data.empty.items()}
-        total = 0.0
+        losses = []
         self.optimizer.zero_grad()
         for micro in range(config.optimizer.gradient_accumulation):
             generator = generator_of(*names, micro)
             batch = self.data.draw(config.optimizer.batch_size, generator, device, config.data.caption_dropout)
             with self.accelerator.autocast():
-                loss = objective(*batch, empty, generator, progress, self.critic) / config.optimizer.gradient_accumulation
+                loss = objective(*batch, self.empty, generator, progress, self.critic) / config.optimizer.gradient_accumulation
             self.accelerator.backward(loss)
-            total += loss.item()
-        total = self._agreed(total)
+            losses.append(loss.detach())
+        total = self._agreed(sum(torch.stack(losses).tolist()))  # waits for a GPU, and so does the norm below
         if not math.isfinite(total):
             return total
         parameters = list(self.parameters.values())
@@ -456,5 +456,5 @@ def _average_gradients(accelerator: Accelerator, parameters: list[torch.nn.Param
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
     flat = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), reduction="mean")
-    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
+    parts = flat.split([g.numel() for g in gradients])
+    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])

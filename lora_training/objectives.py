@@ -30,6 +30,7 @@ from .backbones.conditioning import expanded
 from .config import ObjectiveConfig
 from .distances import build_distance
 from .frames import draw_noise
+from .randomness import sent
 from .teacher import SOLVERS, Prediction, guided_prediction, levels_of
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def to_edge(start: Start, below: torch.Tensor, generator: torch.Generator) -> to
 
 def to_any_point(start: Start, below: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Uniform from the edge to the point below, both included."""
-    share = torch.rand(len(start.n), generator=generator).to(start.n.device)
+    share = sent(torch.rand(len(start.n), generator=generator), start.n.device)
     return start.edge + (share * (below - start.edge + 1)).long()
 
 
@@ -180,6 +181,7 @@ class ConsistencyObjective:
     def __init__(self, backbone: Backbone, grid: PhaseGrid, config: ObjectiveConfig):
         self.backbone, self.grid, self.config = backbone, grid, config
         self.levels = levels_of(backbone, grid)
+        self.edges = torch.tensor(grid.edge_indices, device=self.levels.timesteps.device)  # (M + 1,)
         self.kind, self.solver, self.distance = KINDS[config.name], SOLVERS[config.solver], build_distance(config, backbone)
         self.longest_phase = max(b - a for a, b in pairwise(grid.edge_indices))
 
@@ -206,9 +208,9 @@ class ConsistencyObjective:
     ) -> Landing:
         """A batch of jumps; arguments as of `__call__`."""
         batch, device, kind = len(latents), latents.device, self.kind
-        n = torch.randint(1, self.grid.num_solver_steps + 1, (batch,), generator=generator).to(device)
-        noise = draw_noise(latents.shape, self.config.shared_noise, generator).to(device)
-        edge = self.grid.target(n)
+        drawn = torch.randint(1, self.grid.num_solver_steps + 1, (batch,), generator=generator)
+        n, edge = sent(drawn, device), sent(self.grid.target(drawn), device)
+        noise = sent(draw_noise(latents.shape, self.config.shared_noise, generator), device)
         alpha, sigma = self.levels(n)
         sample = alpha * latents + sigma * noise
         teacher = None

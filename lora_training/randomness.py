@@ -1,4 +1,4 @@
-"""Seeds for random streams that are named by several numbers."""
+"""Seeds for random streams that are named by several numbers, and the way of what is drawn to where it is used."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ def seed_of(*names: int) -> int:
         ValueError: a name is negative.
     """
     return int(np.random.SeedSequence(names).generate_state(1)[0])
+
+
+def sent(drawn: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the CPU on the device. Out of pageable memory a copy waits until a GPU has done all that it was told to."""
+    return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)
 
 
 def generator_of(*names: int) -> torch.Generator:

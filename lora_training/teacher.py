@@ -13,6 +13,7 @@ from pcm_scheduler.sampling import jump
 
 from .backbones import Backbone, Conditioning
 from .backbones.conditioning import joined
+from .randomness import sent
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def guided_prediction(
         guidance_scale: g, (B,), all of them 1 or none; 1 skips the unguided half.
     """
     unguided_only = bool((guidance_scale == 1).all())  # on the CPU: no synchronisation
-    g = levels.per_sample(guidance_scale.to(levels.alphas.device))
+    g = levels.per_sample(sent(guidance_scale, levels.alphas.device))
     told = conditioning if unguided_only else joined(empty, conditioning)
 
     @torch.no_grad()

@@ -10,7 +10,8 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [
-    str(ROOT / part) for part in ("tests", "tests/pcm_scheduler", "examples", "examples/shapes", "examples/comfyui")
+    str(ROOT / part)
+    for part in ("tests", "tests/pcm_scheduler", "benchmarks", "examples", "examples/shapes", "examples/comfyui")
 ]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the network is a broken test
 

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate, islice
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from pcm_scheduler.lora_file import write_safetensors
 
 from ..backbones import Backbone, Conditioning
 from ..config import DataConfig
+from ..randomness import sent
 from .clips import clip_size, load_clip
 from .pictures import Picture, Size, bucket_sizes, in_unit_range, load_picture, nearest_bucket, upright_size
 from .sources import Record, Source
@@ -53,12 +54,17 @@ class Bucket:
 
     parts: tuple[Example, ...]
 
+    @cached_property
+    def _ends(self) -> list[int]:
+        """Of each part, where it ends: there may be a thousand parts, and a batch has a few rows."""
+        return list(accumulate(map(len, self.parts)))
+
     def __len__(self) -> int:
-        return sum(map(len, self.parts))
+        return self._ends[-1]
 
     def rows(self, which: Sequence[int]) -> dict[str, torch.Tensor]:
         """The named tensors of these, float32."""
-        ends = list(accumulate(map(len, self.parts)))
+        ends = self._ends
         places = [(part := bisect_right(ends, i), i - (ends[part - 1] if part else 0)) for i in which]
         return {
             name: torch.stack([self.parts[part].tensors[name][row] for part, row in places]).float()
@@ -134,7 +140,7 @@ def drawn(
     for name, tensor in conditioning.items():
         if name in empty:
             tensor[dropped] = empty[name].float()
-    return latents.to(device), {name: tensor.to(device) for name, tensor in conditioning.items()}
+    return sent(latents, device), {name: sent(tensor, device) for name, tensor in conditioning.items()}
 
 
 def encode(records: Sequence[Record], size: Size, backbone: Backbone, config: DataConfig) -> tuple[Example | None, list[str]]:
@@ -226,9 +232,9 @@ class LatentCache:
     model_path: str
     root: Path
 
-    @property
+    @cached_property
     def folder(self) -> Path:
-        """Named after everything that its content depends on."""
+        """Named after everything that its content depends on; looked up once, for a source may look at every file."""
         model = Path(self.model_path)
         own = [model] if model.is_file() else sorted(model.rglob("*.safetensors"))  # none for a hub id
         weights = [(str(p.relative_to(model)), p.stat().st_size, p.stat().st_mtime_ns) for p in own]

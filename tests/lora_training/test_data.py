@@ -14,7 +14,7 @@ from PIL import Image
 from lora_training.backbones import load_backbone
 from lora_training.config import DataConfig, ModelConfig, TrainConfig
 from lora_training.data import latent_cache
-from lora_training.data.latent_cache import LatentCache
+from lora_training.data.latent_cache import Bucket, Example, LatentCache
 from lora_training.data.pictures import bucket_sizes, load_picture, nearest_bucket, upright_size
 from lora_training.data.sources import Folder, Record, open_source
 from lora_training.data.stream import StreamingData
@@ -276,6 +276,36 @@ def test_an_encoding_that_was_cut_off_goes_on_where_it_was(tmp_path, backbone, m
     calls.clear()
     assert len(encoded(config, backbone, tmp_path / "cache")) == 6
     assert not calls
+
+
+def test_what_a_cache_is_named_after_is_looked_at_once(tmp_path, backbone):
+    """A source may look at every file for it, and there is a shard for every thousand of them."""
+    config = DataConfig(path=str(folder_of(tmp_path / "data", 6)), resolution=64, shard_size=1)
+    source = open_source(config)
+    looked = []
+
+    class Watched:
+        total = source.total
+
+        @property
+        def identity(self):
+            looked.append(source.identity)
+            return looked[-1]
+
+        def __iter__(self):
+            return iter(source)
+
+    cache = cache_of(Watched(), config, backbone, tmp_path / "cache")
+    cache.encode()
+    assert len(cache.open()) == 6
+    assert len(looked) == 1
+
+
+def test_rows_are_found_in_whichever_shard_they_are():
+    parts = tuple(Example({"latent_means": torch.arange(first, last)}) for first, last in ((0, 3), (3, 4), (4, 9)))
+    bucket = Bucket(parts)
+    assert len(bucket) == 9
+    assert bucket.rows([8, 0, 3, 2, 4])["latent_means"].tolist() == [8.0, 0.0, 3.0, 2.0, 4.0]
 
 
 def test_other_words_or_settings_are_another_cache(tmp_path, backbone):

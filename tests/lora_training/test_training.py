@@ -41,7 +41,7 @@ from lora_training.loop import Interrupted, Run, run
 from lora_training.objectives import ConsistencyObjective
 from lora_training.optimizers import build_optimizer
 from lora_training.randomness import generator_of
-from lora_training.students import Adapter, adapted_modules
+from lora_training.students import TARGET, Adapter, adapted_modules
 from lora_training.teacher import SOLVERS, Levels, guided_prediction
 from lora_training.train import parse
 from pcm_scheduler import load_pcm_lora, load_pcm_unet, read_settings
@@ -210,6 +210,39 @@ def test_the_teacher_is_the_same_network_bit_for_bit():
             assert torch.equal(backbone.predict(latents, t, embeds), before)
         assert torch.equal(backbone.predict(latents, t, embeds), student)
     assert not torch.equal(student, before)
+
+
+def test_a_role_changes_what_layers_do_as_pefts_own_switches_do_and_nothing_else():
+    backbone = load_backbone(ModelConfig(path=str(MODEL_DIR)))
+    unet = backbone.unet
+    latents, embeds, _ = batch_for(backbone)
+    adapter = Adapter(backbone, LoraConfig(rank=2), seed=0, averaged=True)
+
+    def predicted():
+        with torch.no_grad():
+            return backbone.predict(latents, torch.tensor([500] * 3), embeds)
+
+    def trained():
+        return {name for name, p in unet.named_parameters() if p.requires_grad}
+
+    for number, parameters in enumerate((adapter.parameters, adapter.target_parameters)):
+        for p in parameters.values():
+            p.data += 0.03 * (1 + number)
+    before, flags = predicted(), trained()
+    with backbone.teacher():
+        teacher = predicted()
+        assert trained() == flags
+    with backbone.target():
+        target = predicted()
+        assert trained() == flags
+    assert torch.equal(predicted(), before)
+    assert trained() == flags
+    unet.disable_adapters()
+    assert torch.equal(predicted(), teacher)
+    unet.enable_adapters()
+    unet.set_adapter(TARGET)
+    assert torch.equal(predicted(), target)
+    assert not torch.equal(target, before)
 
 
 def levels_of(backbone, grid):
