@@ -401,7 +401,8 @@ noise leaves the ODE by it, so there a single step is measured alone.
 {UPDATES} updates each, half of what the shipped adapters had, and {IMAGES} pictures from one noise, so these distances are
 not to be compared with those above. Each with the best of three sampling guidances at every number of steps (in one step they
 ask for less of it than in four); one-phase rows with the learning rate that the search for LCM chose, the others with PCM's.
-{ties}
+{ties} The error away from the ODE is that of the teacher guided as in training: rows with `objective.guidance_scale=1` have an
+easier one to follow, and are to be compared with each other.
 
 Every row is made by `python examples/shapes/ablate.py --only NAME`, and its figures, with the settings' hash, are in
 [examples/shapes/ablations](../examples/shapes/ablations).{left}
