@@ -38,7 +38,8 @@ def test_a_setting_is_better_or_worse_by_more_than_training_seeds_are():
     assert deviation["4"] == pytest.approx(0.1)
     rows = [kept("near", 1.15), kept("far", 1.25), kept("good", 0.75)]
     text = report.ablation_table([figures["pcm-4"], *rows], figures["pcm-4"], deviation)
-    verdicts = [line.split("|")[-4].strip() for line in text.splitlines()[2:]]
+    heads, _, *lines = ([cell.strip() for cell in line.split("|")] for line in text.splitlines())
+    verdicts = [cells[heads.index("at 4")] for cells in lines]
     assert verdicts == ["", "tie", "worse", "better"]
     del figures["pcm-4-seed2"]
     assert report.training_spread(figures, "pcm-4") == {}
