@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from scenes import TRAIN_SEED, Scene, caption, render, sample_scene
 
 OMIT = 0.12  # each of size, place, background is left unsaid this often
 CAPTION_DROPOUT = 0.1  # for classifier-free guidance
-LAYOUT_FROM, LAYOUT_WEIGHT = 600, 50.0  # timesteps that decide where things are, and the most that one of them weighs
+LAYOUT_WEIGHT = 50.0  # the most that a timestep weighs where things are decided
 
 
 def whole_scenes(indices: Sequence[int]) -> torch.Tensor:
@@ -74,6 +75,21 @@ def random_tokens(
     return torch.tensor(padded.input_ids), dropped
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How much is shown of the noise levels that decide where things are.
+
+    Attributes:
+        nothing: share of what is shown that is pure noise, at the last timestep.
+        noisy: share at timesteps from `least` on; the rest are at any.
+        least: a timestep.
+    """
+
+    nothing: float = 0.3
+    noisy: float = 0.3
+    least: int = 600
+
+
 class Noised(NamedTuple):
     """What the network is shown of N pictures or clips, and what it should say."""
 
@@ -83,14 +99,14 @@ class Noised(NamedTuple):
     weight: torch.Tensor  # (N,)
 
 
-def noised(latents: torch.Tensor, scheduler: DDIMScheduler, generator: torch.Generator, layout: bool) -> Noised:
+def noised(latents: torch.Tensor, scheduler: DDIMScheduler, generator: torch.Generator, layout: Layout | None = None) -> Noised:
     """Noise latents to random timesteps.
 
     Args:
         latents: scaled, (N, 4, 16, 16) of pictures or (N, 4, F, 16, 16) of clips, whose frames have one timestep.
         scheduler: whose schedule.
         generator: of noise and timesteps.
-        layout: look mostly at the noise levels that decide where things are, and show pure noise at the last.
+        layout: look mostly at the noise levels that decide where things are; None looks at all alike.
     """
     count, last = len(latents), scheduler.config.num_train_timesteps - 1
     noise = torch.randn(latents.shape, generator=generator)
@@ -98,12 +114,12 @@ def noised(latents: torch.Tensor, scheduler: DDIMScheduler, generator: torch.Gen
     weight = torch.ones(count)
     each = (count, *(1,) * (latents.ndim - 1))
     seen = torch.ones(each)  # how much of the picture the network gets to see
-    if layout:
+    if layout is not None:
         draw = torch.rand(count, generator=generator)
-        noisiest = torch.randint(LAYOUT_FROM, last + 1, (count,), generator=generator)
-        timesteps = torch.where(draw < 0.6, noisiest, timesteps)
-        timesteps[draw < 0.3] = last
-        seen[draw < 0.3] = 0.0
+        noisiest = torch.randint(layout.least, last + 1, (count,), generator=generator)
+        timesteps = torch.where(draw < layout.nothing + layout.noisy, noisiest, timesteps)
+        timesteps[draw < layout.nothing] = last
+        seen[draw < layout.nothing] = 0.0
         weight = (1 / scheduler.alphas_cumprod[timesteps]).clamp(max=LAYOUT_WEIGHT)
     alpha = scheduler.alphas_cumprod[timesteps].sqrt().view(each)
     sigma = (1 - alpha**2).sqrt()

@@ -32,7 +32,7 @@ from lora_training.cpu import keep_freed_memory, use_plain_attention
 from pcm_scheduler.lora_file import write_safetensors
 
 import moving
-from denoising import cached_moments, drawn_latents, noised
+from denoising import Layout, cached_moments, drawn_latents, noised
 from model import HERE, RUNS_DIR, load_pipeline
 from moving import KINDS, SPEEDS, Clip, sample_clip
 from scenes import MOTION_TRAIN_SEED, render
@@ -156,7 +156,7 @@ def everywhere(classes: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--clips", type=int, default=4096)
     args = parser.parse_args()
@@ -178,7 +178,7 @@ def main() -> None:
         """How badly places name the motion, what the words change in units of what captions do, the share named right."""
         rng = np.random.default_rng(torch.randint(2**62, (), generator=generator).item())
         texts, kinds, speeds = told([clips[i] for i in which.tolist()], rng)
-        given = noised(drawn_latents(moments, which, vae, generator), scheduler, generator, layout=True)
+        given = noised(drawn_latents(moments, which, vae, generator), scheduler, generator, Layout())
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             scenes = text_encoder(tokens(tokenizer, [read_motion(text)[1] for text in texts])).last_hidden_state
             nothing = text_encoder(tokens(tokenizer, [""])).last_hidden_state.expand_as(scenes)

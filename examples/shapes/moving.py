@@ -117,7 +117,7 @@ def frames(clip: Clip, count: int = NUM_FRAMES) -> list[Scene]:
     ]
 
 
-def _circle_around(obj: Object) -> tuple[float, float, float]:
+def circle_around(obj: Object) -> tuple[float, float, float]:
     """Centre and radius, in pixels at 128 px, of a circle that holds the object at every angle."""
     corners = POLYGONS.get(obj.shape)
     unit = 1.0 if corners is None else float(np.linalg.norm(corners, axis=1).max())
@@ -127,7 +127,7 @@ def _circle_around(obj: Object) -> tuple[float, float, float]:
 
 def fits(scene: Scene) -> bool:
     """Whether every object is wholly inside the picture and clear of the other."""
-    circles = [_circle_around(obj) for obj in scene.objects]
+    circles = [circle_around(obj) for obj in scene.objects]
     inside = all(min(x, y) - radius >= MARGIN and max(x, y) + radius <= IMAGE_SIZE - MARGIN for x, y, radius in circles)
     return inside and all(math.dist(a[:2], b[:2]) >= a[2] + b[2] + MARGIN for a, b in combinations(circles, 2))
 

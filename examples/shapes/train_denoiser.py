@@ -23,7 +23,7 @@ from torch import nn
 from lora_training.cpu import keep_freed_memory, use_plain_attention
 
 from attributes import AttributeHeads, attribute_loss
-from denoising import CAPTION_DROPOUT, cached_moments, denoising_loss, drawn_latents, noised, random_tokens
+from denoising import CAPTION_DROPOUT, Layout, cached_moments, denoising_loss, drawn_latents, noised, random_tokens
 from model import MODEL_DIR, RUNS_DIR, assemble_pipeline, build_scheduler, build_text_encoder, build_tokenizer, build_unet
 from scenes import TRAIN_SEED, all_wordings, labels, sample_scene
 from training import train
@@ -37,13 +37,13 @@ class Stage:
     seed: int
     steps: int
     learning_rate: float
-    layout: bool  # look mostly at the noise levels that decide where things are
+    layout: Layout | None  # None: all noise levels alike
     reading_weight: float  # of naming the scene, beside the noise prediction
 
 
 STAGES = (
-    Stage("all", seed=1, steps=6000, learning_rate=1.2e-3, layout=False, reading_weight=0.0),
-    Stage("layout", seed=2, steps=6000, learning_rate=0.8e-3, layout=True, reading_weight=0.02),
+    Stage("all", seed=1, steps=6000, learning_rate=1.2e-3, layout=None, reading_weight=0.0),
+    Stage("layout", seed=2, steps=6000, learning_rate=0.8e-3, layout=Layout(), reading_weight=0.02),
 )
 
 

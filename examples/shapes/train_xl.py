@@ -35,7 +35,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from lora_training.cpu import keep_freed_memory, use_plain_attention
 
-from denoising import CAPTION_DROPOUT, cached_moments, denoising_loss, drawn_latents, noised, random_tokens
+from denoising import CAPTION_DROPOUT, Layout, cached_moments, denoising_loss, drawn_latents, noised, random_tokens
 from model import (
     RUNS_DIR,
     XL_MODEL_DIR,
@@ -236,7 +236,7 @@ def train_pipeline(recipe: Recipe) -> StableDiffusionXLPipeline:
         which = torch.randint(recipe.scenes, (recipe.batch,), generator=generator)
         scene_of = torch.where(is_framed, which % recipe.framed, which)
         picture = torch.where(is_framed, recipe.scenes + scene_of, scene_of)
-        given = noised(drawn_latents(moments, picture, pipe.vae, generator), scheduler, generator, layout=True)
+        given = noised(drawn_latents(moments, picture, pipe.vae, generator), scheduler, generator, Layout())
         shown = [scenes[i] for i in scene_of.tolist()]
         ids, dropped = random_tokens(pipe.tokenizer, shown, generator, CAPTION_DROPOUT)
         kept = 1.0 - torch.tensor(dropped, dtype=torch.float32)

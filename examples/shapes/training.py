@@ -37,6 +37,7 @@ def train(
     peak_learning_rate: float,
     checkpoint: Path,
     seed: int = 0,
+    warmup: int = 100,
     average_decay: float = 0.999,
     checkpoint_seconds: float = 120.0,
 ) -> None:
@@ -47,6 +48,7 @@ def train(
         loss_function: takes a CPU generator seeded for this step, returns a scalar.
         steps: optimisation steps in all; a checkpoint of an earlier run is continued.
         peak_learning_rate: AdamW's learning rate after warm-up.
+        warmup: steps until then.
         checkpoint: safetensors file of weights, average and optimiser state, rewritten every `checkpoint_seconds`.
     """
     parameters = dict(module.named_parameters())
@@ -60,7 +62,7 @@ def train(
         generator = generator_of(seed, step)
         torch.manual_seed(seed_of(seed, step))  # dropout
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peak_learning_rate)
+            group["lr"] = learning_rate(step, steps, peak_learning_rate, warmup)
         loss = loss_function(generator)
         optimizer.zero_grad()
         loss.backward()
