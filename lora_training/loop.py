@@ -301,6 +301,8 @@ class Run:
         except (CannotWrite, NotFinite) as error:
             raise RuntimeError(f"{error} {self._goes_on}") from error
         except OSError as error:
+            if error.errno is None:  # in our own words already
+                raise
             raise RuntimeError(f"A file or a connection failed: {error}. {self._goes_on}") from error
         except RuntimeError as error:
             if self.accelerator.num_processes == 1 or not _LOST.search(str(error)):

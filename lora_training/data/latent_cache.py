@@ -24,6 +24,7 @@ from pcm_scheduler.lora_file import write_safetensors
 
 from ..backbones import Backbone, Conditioning
 from ..config import DataConfig
+from ..files import writing
 from ..randomness import sent
 from .clips import clip_size, load_clip
 from .pictures import Picture, Size, bucket_sizes, in_unit_range, load_picture, nearest_bucket, upright_size
@@ -288,7 +289,8 @@ class LatentCache:
                 tensors |= {f"{size[0]}x{size[1]}/{k}": torch.cat([e[k] for e in encoded]) for k in encoded[0]}
         shown = [r.caption for r in records if not r.problem][:_SHOWN]
         report = {"records": len(records), "left_out": left_out, "captions": shown}
-        write_safetensors(tensors, path, {"report": json.dumps(report)})
+        with writing(path):
+            write_safetensors(tensors, path, {"report": json.dumps(report)})
 
     def open(self) -> TrainingData:
         """What all processes have encoded; the same in each of them.

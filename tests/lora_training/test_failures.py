@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 from training_runs import losses_of, stop_at, tiny_config, tiny_folder
@@ -17,6 +18,9 @@ from training_runs import losses_of, stop_at, tiny_config, tiny_folder
 from lora_training import dry_run, loop, train
 from lora_training.checkpoint import NotFinite, differences, save_checkpoint
 from lora_training.data import stream
+from lora_training.evaluation.alignment import ScorerConfig, load_scorer
+from lora_training.evaluation.features import FeatureConfig, load_features
+from lora_training.evaluation.methods import Gallery, MethodConfig
 from lora_training.files import CannotWrite, check_writable, replaced, write_text
 from lora_training.loop import Interrupted, Run, run
 from lora_training.objectives import ConsistencyObjective
@@ -67,6 +71,23 @@ def test_a_full_disk_stops_the_run_with_nothing_half_written_and_it_goes_on(
             run(config)
     assert not list(tmp_path.rglob("*.tmp"))
     assert same(run(config), unbroken)
+
+
+def test_a_disk_that_is_full_of_latents_keeps_the_shards_that_are_whole(folder, tmp_path, monkeypatch):
+    config = tiny_config(folder, tmp_path / "a.safetensors", **{"data.cache": tmp_path / "cache"})
+    with monkeypatch.context() as patch:
+        full_disk(patch, "shard-000001")
+        with pytest.raises(RuntimeError, match=r"shard-000001.* cannot be written: No space left"):
+            Run(config)
+    (shard,) = (path for path in (tmp_path / "cache").rglob("*") if path.is_file())
+    stamp = shard.stat().st_mtime_ns
+    assert len(Run(config).data) == 8
+    assert shard.stat().st_mtime_ns == stamp
+
+
+def test_data_that_are_not_there_are_said_as_before(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"^data\.path .* does not exist\.$"):
+        Run(tiny_config(folder, tmp_path / "a.safetensors", **{"data.path": tmp_path / "nothing"}))
 
 
 def in_a_fork(action):
@@ -346,3 +367,24 @@ def test_a_file_that_is_no_checkpoint_is_named(folder, tmp_path):
             path.write_bytes(b"")
         with pytest.raises(ValueError, match=rf"step-00000002\.safetensors.* {says}"):
             run(tiny_config(folder, tmp_path / "a.safetensors"))
+
+
+def test_pictures_that_are_not_finite_are_not_kept():
+    pipe = tiny_models.image_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    gallery = Gallery(pipe, [MethodConfig("plain", scheduler="pcm", steps=(1,))])
+    assert gallery.draw("plain", 1, ["a cat", "a dog"], [0, 7], (16, 16)).isfinite().all()
+    pipe.unet.conv_out.bias.data[0] = float("nan")
+    with pytest.raises(ValueError, match=r"plain in 1 steps drew 2 of 2 .*seed 0 such as number 0, 'a cat'.*bf16"):
+        gallery.draw("plain", 1, ["a cat", "a dog"], [0, 7], (16, 16))
+
+
+@pytest.mark.parametrize(("load", "config"), [(load_features, FeatureConfig), (load_scorer, ScorerConfig)])
+def test_judges_whose_figures_are_not_finite_are_named(tmp_path, load, config):
+    shape = "(len(pictures), 4)" if config is FeatureConfig else "len(pictures)"
+    code = f"import torch\ndef broken():\n    return lambda pictures, *texts: torch.zeros({shape}) / 0\n"
+    (tmp_path / f"judge_{config.__name__}.py").write_text(code)
+    judge = load(config(kind="factory", factory=f"{tmp_path}/judge_{config.__name__}.py:broken"), "cpu", "judges.mine")
+    texts = [] if config is FeatureConfig else [["a cat", "a dog"]]
+    with pytest.raises(ValueError, match=r"judges\.mine \(factory\) gave .* not finite"):
+        judge(torch.zeros(2, 3, 8, 8), *texts)
