@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "shapes"))
 
 from evaluate import Judge, Studio, held_out_scenes, model_fingerprint, noise, prompts_of
 
+from lora_training.cpu import fast_precision
 from pcm_scheduler import PCMScheduler
 from pcm_scheduler.edit_tasks import STRATEGIES, Strategy
 from pcm_scheduler.editing import measured
@@ -376,8 +377,8 @@ def report(found: dict[str, list[Figures]], inverted: list[list[str]], images: i
     return f"""# Editing, measured on the shapes model
 
 Written by `benchmarks/editing.py`; no figure is typed by hand. They are of a small model on drawn scenes and say nothing about
-Stable Diffusion. {images} held-out scenes a row, the same measurement, caption and noise for every method; UNet in bfloat16,
-one thread, on a machine that did other work, so seconds are rough.
+Stable Diffusion. {images} held-out scenes a row, the same measurement, caption and noise for every method; UNet in
+{fast_precision()}, one thread, on a machine that did other work, so seconds are rough.
 
 - error: of the measurement in the 8-bit file, the worst pixel or block of all pictures, in grey levels. Below half a level is
   rounding.

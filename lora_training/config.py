@@ -403,7 +403,8 @@ class TrainConfig:
         trainable: `lora` trains an adapter; `unet` every weight of the UNet (full fine-tuning; what `lora` says is not used),
             which holds teacher and student side by side and takes 16 bytes for each weight trained.
         seed: of everything random; 0 or more.
-        mixed_precision: of the networks; the adapter itself stays in float32.
+        mixed_precision: of the networks; the adapter itself stays in float32. A processor without bfloat16 computes in float32
+            when asked for `bf16`.
         checkpoint_every: steps between checkpoints, from which an interrupted run goes on.
         checkpoints_kept: of the latest; 0 keeps all.
         resume: `latest` goes on from the newest checkpoint of this output, if there is one; `no` starts anew.

@@ -1,10 +1,12 @@
-"""Two habits that make small networks nearly twice as fast to train on CPUs."""
+"""What makes small networks fast on CPUs: memory that is kept, plain attention, bfloat16 where the processor has it."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
+from typing import Literal, TypeVar
 
+import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 
@@ -25,3 +27,40 @@ def keep_freed_memory() -> None:
 def use_plain_attention(unet: UNet2DConditionModel) -> None:
     """On CPUs the backward of fused attention takes longer than the rest of the step; plain matrix products are faster."""
     unet.set_attn_processor(AttnProcessor())
+
+
+def has_bfloat16() -> bool:
+    """Whether this processor computes in bfloat16; for those that do not it takes some twenty times as long as float32."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def fast_autocast() -> torch.autocast:
+    """bfloat16 inside where this processor has it, which is about twice as fast as float32; float32 elsewhere."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16())
+
+
+def fast_precision() -> Literal["bfloat16", "float32"]:
+    """What networks compute in inside `fast_autocast`."""
+    return "bfloat16" if has_bfloat16() else "float32"
+
+
+Precision = TypeVar("Precision", bound=str)
+
+
+def precision_here(asked: Precision, device: torch.device) -> Precision | Literal["no"]:
+    """The precision that networks run in, of `no`, `fp16` and `bf16`.
+
+    Args:
+        asked: by a configuration.
+        device: they are on.
+
+    Returns:
+        `no` for `bf16` on a processor without it, which is said on stderr; otherwise what was asked for.
+    """
+    if asked == "bf16" and device.type == "cpu" and not has_bfloat16():
+        print(
+            "This processor has no bfloat16 and would take some twenty times as long with it: computing in float32.",
+            file=sys.stderr,
+        )
+        return "no"
+    return asked

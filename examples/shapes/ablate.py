@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from distil import CONFIGS, GUIDANCE_SCALES, REFERENCE_NOISE, overridden, search_set
 from evaluate import (
     TEACHER_STEPS,
@@ -40,6 +41,7 @@ from evaluate import (
 from write_dataset import write_dataset
 
 from lora_training.config import ModelConfig, TrainConfig, chosen
+from lora_training.cpu import fast_precision
 from lora_training.evaluation.config import EvaluationConfig, OdeConfig
 from lora_training.evaluation.methods import Gallery, MethodConfig
 from lora_training.evaluation.ode import ode_rows
@@ -103,6 +105,7 @@ def variants() -> list[Variant]:
             | {"objective.name": "direct", "objective.solver_skip": 5, "objective.guidance_scale": 1.0},
             "pcm-1-unguided": ONE_PHASE | {"objective.guidance_scale": 1.0},
         },
+        "precision": {"float32": {"mixed_precision": "no"}},  # of which processors without bfloat16 make all rows
         "distance": {"l2": {"objective.distance": "l2"}},
         "solver": {"heun": {"objective.solver": "heun"}},
         "solver steps": {f"n-{n}": {"objective.num_solver_steps": n} for n in (20, 100)},
@@ -188,10 +191,11 @@ def train_and_measure(variant: Variant) -> dict[str, Any]:
     write_dataset(Path(config.data.path), 8192)
     path = Path(config.output)
     if not path.exists():
+        AcceleratorState._reset_state()  # accelerate would keep the precision of the run before
         run(config)
     command = f"python examples/shapes/ablate.py --only {variant.name}"
     told = {"name": variant.name, "table": variant.table, "settings": variant.settings, "seed": variant.seed}
-    told |= {"updates": UPDATES, "identity": identity(config), "command": command}
+    told |= {"updates": UPDATES, "precision": fast_precision(), "identity": identity(config), "command": command}
     return told | measure(path, variant.guidance_scales)
 
 

@@ -14,7 +14,7 @@ from motion import measure_motion
 from tabulate import tabulate
 from tqdm import tqdm
 
-from lora_training.cpu import keep_freed_memory
+from lora_training.cpu import fast_autocast, keep_freed_memory
 
 import moving
 from model import MODEL_DIR
@@ -25,7 +25,7 @@ from scenes import MOTION_TEST_SEED
 @torch.no_grad()
 def round_trip(vae: AutoencoderKL, clips: torch.Tensor) -> torch.Tensor:
     """Clips (N, F, 3, H, W) encoded, frame by frame, and decoded again."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with fast_autocast():
         shown = [vae.decode(vae.encode(clip).latent_dist.mode()).sample.float() for clip in clips]
     return torch.stack(shown)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from agreement import embedding_features, motion_agreement, motion_and_scene_agreement
-from evaluate import Method, in_bfloat16
+from evaluate import Method, in_fast_precision
 from pictures import contact_sheet
 from PIL.Image import Image
 from tabulate import tabulate
@@ -46,7 +46,7 @@ def main() -> None:
     keep_freed_memory()
     pipe = load_video_pipeline()
     pipe.set_progress_bar_config(disable=True)
-    in_bfloat16(pipe.unet)
+    in_fast_precision(pipe.unet)
     methods, schedulers = {"teacher": Method("teacher", TEACHER_GUIDANCE)}, {"teacher": build_scheduler()}
     for name, path in ADAPTERS.items():
         settings = load_pcm_lora(pipe, path, adapter_name=name)

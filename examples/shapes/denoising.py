@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import CLIPTokenizer
 
+from lora_training.cpu import fast_autocast
 from pcm_scheduler.lora_file import write_safetensors
 
 from model import RUNS_DIR
@@ -48,7 +49,7 @@ def cached_moments(
         parts: dict[str, list[torch.Tensor]] = {"mean": [], "std": []}
         for j in tqdm(range(0, count, 64), desc="encode", mininterval=2.0):
             images = pictures(range(j, min(j + 64, count)))
-            with torch.autocast("cpu", torch.bfloat16):
+            with fast_autocast():
                 posterior = vae.encode(images).latent_dist
             parts["mean"].append(posterior.mean.half())
             parts["std"].append(posterior.std.half())

@@ -17,7 +17,7 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
 
-from lora_training.cpu import keep_freed_memory
+from lora_training.cpu import fast_autocast, keep_freed_memory
 from lora_training.randomness import generator_of
 from pcm_scheduler import load_pcm_lora
 from pcm_scheduler.lora_file import write_safetensors
@@ -68,12 +68,12 @@ class Method:
     eta: float = 0.0
 
 
-def in_bfloat16(unet: nn.Module) -> None:
+def in_fast_precision(unet: nn.Module) -> None:
     """Autocast inside, float32 outside: guidance and the scheduler keep their precision."""
     forward = unet.forward
 
     def autocast_forward(*args, **kwargs):
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_autocast():
             (output,) = forward(*args, **{**kwargs, "return_dict": False})
         return UNet2DConditionOutput(output.float())  # by index or by name, as pipelines ask
 
@@ -86,7 +86,7 @@ class Studio:
     Args:
         adapters: name -> file.
         model: the pipeline's folder.
-        fast: run the UNet in bfloat16, about twice as fast on CPUs; for measurements over thousands of pictures.
+        fast: run the UNet in `fast_precision`; for measurements over thousands of pictures.
     """
 
     def __init__(self, adapters: dict[str, Path] = ADAPTERS, model: Path = MODEL_DIR, fast: bool = False):
@@ -98,7 +98,7 @@ class Studio:
         self.pipe: StableDiffusionPipeline | StableDiffusionXLPipeline = load_pipeline(model)
         self.pipe.set_progress_bar_config(disable=True)
         if fast:
-            in_bfloat16(self.pipe.unet)
+            in_fast_precision(self.pipe.unet)
         self.adapters = adapters
         self.methods, self.schedulers = (
             {"teacher": Method("teacher", TEACHER_GUIDANCE)},

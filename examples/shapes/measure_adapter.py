@@ -30,6 +30,7 @@ from evaluate import (
 from safetensors import safe_open
 from tabulate import tabulate
 
+from lora_training.cpu import fast_precision
 from pcm_scheduler.lora_file import write_safetensors
 
 from model import MODEL_DIR, XL_MODEL_DIR
@@ -54,9 +55,9 @@ def report(model: str, images: int, table: str) -> str:
     """The table with what it needs to be read alone."""
     return f"""# Adapters of {model}, measured
 
-Written by `examples/shapes/measure_adapter.py`. {images} pictures a row of held-out prompts, UNet in bfloat16; Frechet distance
-to the pictures of {model}'s own teacher of the same prompts from other noise ({TEACHER_STEPS} DDIM steps, guidance
-{TEACHER_GUIDANCE:g}), so tables of different models are not to be compared.
+Written by `examples/shapes/measure_adapter.py`. {images} pictures a row of held-out prompts, UNet in
+{fast_precision()}; Frechet distance to the pictures of {model}'s own teacher of the same prompts from other noise
+({TEACHER_STEPS} DDIM steps, guidance {TEACHER_GUIDANCE:g}), so tables of different models are not to be compared.
 
 {table}
 """

@@ -10,11 +10,11 @@ from collections import defaultdict
 
 import torch
 from agreement import motion_agreement, motion_and_scene_agreement
-from evaluate import in_bfloat16
+from evaluate import in_fast_precision
 from tabulate import tabulate
 from video_model import captions_of, clip_noise, draw_clips, held_out_clips, load_video_pipeline
 
-from lora_training.cpu import keep_freed_memory
+from lora_training.cpu import fast_precision, keep_freed_memory
 
 from model import MOTION_DIR
 from moving import KINDS, NUM_FRAMES
@@ -39,7 +39,8 @@ It was trained by `examples/shapes/train_motion.py` on procedurally drawn clips;
 Written by `examples/shapes/measure_motion.py`; every figure below was measured by it.
 
 {STEPS} DDIM steps, guidance {GUIDANCE_SCALE:g}, {judged} held-out prompts; in every second one a shape moves in a
-colour that it never had in training. The motion is measured by following the object, see `motion.py`. UNet in bfloat16.
+colour that it never had in training. The motion is measured by following the object, see `motion.py`. UNet in
+{fast_precision()}.
 
 {tabulate(rows, ["kind and speed right", "measured"], tablefmt="github", disable_numparse=True)}
 
@@ -55,7 +56,7 @@ def main() -> None:
     keep_freed_memory()
     pipe = load_video_pipeline()
     pipe.set_progress_bar_config(disable=True)
-    in_bfloat16(pipe.unet)
+    in_fast_precision(pipe.unet)
     told = held_out_clips(args.clips)
     texts = captions_of(told)
     drawn = draw_clips(pipe, texts, clip_noise(len(texts), NOISE), STEPS, GUIDANCE_SCALE, progress="draw clips")

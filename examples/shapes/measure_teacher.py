@@ -26,6 +26,7 @@ from evaluate import (
 from safetensors import safe_open
 from tabulate import tabulate
 
+from lora_training.cpu import fast_precision
 from pcm_scheduler.lora_file import write_safetensors
 
 from attributes import CLASSIFIER_FILE, AttributeClassifier
@@ -86,7 +87,7 @@ Written by `examples/shapes/measure_teacher.py`; every figure below was measured
 ## Alignment
 
 {TEACHER_STEPS} DDIM steps, guidance {TEACHER_GUIDANCE:g}, {judged} held-out prompts, half of which name a pair of shape and
-colour never seen in training; judged by the attribute classifier. UNet in bfloat16, here and below.
+colour never seen in training; judged by the attribute classifier. UNet in {fast_precision()}, here and below.
 
 {tabulate(rows, headers=["right", "measured", "asked for"], tablefmt="github", disable_numparse=True)}
 

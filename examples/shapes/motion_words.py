@@ -28,7 +28,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from lora_training.cpu import keep_freed_memory, use_plain_attention
+from lora_training.cpu import fast_autocast, keep_freed_memory, use_plain_attention
 from pcm_scheduler.lora_file import write_safetensors
 
 import moving
@@ -179,12 +179,12 @@ def main() -> None:
         rng = np.random.default_rng(torch.randint(2**62, (), generator=generator).item())
         texts, kinds, speeds = told([clips[i] for i in which.tolist()], rng)
         given = noised(drawn_latents(moments, which, vae, generator), scheduler, generator, Layout())
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), fast_autocast():
             scenes = text_encoder(tokens(tokenizer, [read_motion(text)[1] for text in texts])).last_hidden_state
             nothing = text_encoder(tokens(tokenizer, [""])).last_hidden_state.expand_as(scenes)
             aim = unet(given.sample, given.timesteps, scenes).sample.float()
             empty = unet(given.sample, given.timesteps, nothing).sample.float()
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_autocast():
             drawn = unet(given.sample, given.timesteps, rows.encode(tokens(tokenizer, texts))).sample.float()
         errors = [(given.weight * (other - aim).square().mean((1, 2, 3))).mean() for other in (drawn, empty)]
         scores = reader()

@@ -9,6 +9,7 @@ Two sources: the report of `examples/evaluation/shapes.yaml`, which draws with t
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 from collections.abc import Callable, Sequence
@@ -43,6 +44,11 @@ MATCHED = {1: "PCM, 1 phase", 2: "PCM, 2 phases", 4: ALONE, 8: "PCM, 8 phases", 
 SEARCHED = FIGURES / "timesteps" / f"{ALONE}-8-steps-frechet_distance.json"  # written by `lora_training.evaluation.search`
 Row = dict[str, Any]
 Figures = dict[str, Row]  # of ablations, by name
+
+
+def precision(report: Row) -> str:
+    """What the UNet drew in."""
+    return {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}[report["config"]["precision"]]
 
 
 def markdown(cells: Sequence[Sequence[str]], heads: Sequence[str]) -> str:
@@ -205,6 +211,7 @@ TABLES = {  # of ablations: heading, what is in it beside the base
     "objectives": "Objectives, with and without the critic",
     "phases": "One phase without the critic",
     "direct": "Direct against consistency",
+    "precision": "Precision of the networks in training",
     "distance": "Distance between student and target",
     "solver": "Solver of the teacher (the base: DDIM, which is Euler's)",
     "solver steps": "Solver steps N (the base: 50)",
@@ -304,7 +311,7 @@ def clips(path: Path) -> str:
         return "Not measured yet."
     report = json.loads(path.read_text(encoding="utf-8"))
     return f"""{report["pictures"]} clips a figure from each of {len(report["seeds"])} noises, held-out prompts, the UNet in
-bfloat16 for all. The motion is measured by following the object; distances and cosines are of single frames, flow is
+{precision(report)} for all. The motion is measured by following the object; distances and cosines are of single frames, flow is
 Farneback's. A clip that stands still has cosine 1 and flow 0.
 
 {video_table(report)}
@@ -337,7 +344,8 @@ Diffusion.
 ## Methods and numbers of steps
 
 {report["pictures"]} pictures a figure from each of {len(report["seeds"])} noises: means ± standard deviations
-over them (the adapters were trained once; training seeds are further down). Held-out prompts, the UNet in bfloat16 for all.
+over them (the adapters were trained once; training seeds are further down). Held-out prompts, the UNet in
+{precision(report)} for all.
 Frechet distance x 1000, in averaged channels of the attribute classifier (which ones, and why, in
 [the model card](../examples/shapes/MODEL_CARD.md)), to the teacher's pictures of the same prompts from another noise, 50 DDIM
 steps at guidance 5. Its size depends on the number of pictures: the floor, of the teacher beside itself, is {floor:.2f} with
@@ -437,6 +445,7 @@ def main() -> None:
     args = parser.parse_args()
     config = parse(["--config", str(args.config)])
     report = json.loads((Path(config.output) / "report.json").read_text(encoding="utf-8"))
+    config = dataclasses.replace(config, precision=report["config"]["precision"])  # which is the processor's
     video_report = Path(yaml.safe_load(VIDEO_CONFIG.read_text(encoding="utf-8"))["output"]) / "report.json"
     figures = {variant.name: found for variant in variants() if (found := figures_of(variant))}
     with safe_open(TEACHER_STATISTICS, framework="pt") as file:

@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL
 from tqdm import tqdm
 
-from lora_training.cpu import keep_freed_memory
+from lora_training.cpu import fast_autocast, keep_freed_memory
 
 from model import RUNS_DIR, build_autoencoder
 from scenes import TRAIN_SEED, object_masks, render, sample_scene
@@ -76,7 +76,7 @@ def main() -> None:
     centres = object_centres(args.images)
 
     def loss(x: torch.Tensor, loss_of_error, generator: torch.Generator) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_autocast():
             posterior = vae.encode(x).latent_dist
             mean, std = posterior.mean.float(), posterior.std.float()
             y = vae.decode(mean + std * torch.randn(mean.shape, generator=generator)).sample.float()

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from lora_training.cpu import keep_freed_memory
+from lora_training.cpu import fast_autocast, keep_freed_memory
 from pcm_scheduler.lora_file import write_safetensors
 
 from attributes import CLASSIFIER_FILE, AttributeClassifier, attribute_loss
@@ -67,7 +67,7 @@ def main() -> None:
         which = torch.randint(len(images), (args.batch,), generator=generator)
         batch = worn(images[which].float() / 127.5 - 1, generator)
         picked = Labels(**{f.name: getattr(truth, f.name)[which] for f in dataclasses.fields(Labels)})
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_autocast():
             logits = classifier(batch)
         logits = type(logits)(**{f.name: getattr(logits, f.name).float() for f in dataclasses.fields(logits)})
         return attribute_loss(logits, picked)

@@ -20,7 +20,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from lora_training.cpu import keep_freed_memory, use_plain_attention
+from lora_training.cpu import fast_autocast, keep_freed_memory, use_plain_attention
 
 from attributes import AttributeHeads, attribute_loss
 from denoising import CAPTION_DROPOUT, Layout, cached_moments, denoising_loss, drawn_latents, noised, random_tokens
@@ -95,7 +95,7 @@ def main() -> None:
         which = torch.randint(len(scenes), (args.batch,), generator=generator)
         given = noised(drawn_latents(moments, which, vae, generator), scheduler, generator, stage.layout)
         shown = [scenes[i] for i in which.tolist()]
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_autocast():
             ids, dropped = random_tokens(tokenizer, shown, generator, CAPTION_DROPOUT)
             text = text_encoder(ids)
             predicted = unet(given.sample, given.timesteps, text.last_hidden_state).sample

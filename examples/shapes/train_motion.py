@@ -31,7 +31,7 @@ from motion_words import OMIT, WordRows, add_words, load_words, tokens
 from torch import nn
 from torch.nn import functional as F
 
-from lora_training.cpu import keep_freed_memory, use_plain_attention
+from lora_training.cpu import fast_autocast, keep_freed_memory, use_plain_attention
 from lora_training.frames import batch_as_frames
 from pcm_scheduler.lora_file import write_safetensors
 
@@ -190,7 +190,7 @@ def main() -> None:
         rng = np.random.default_rng(torch.randint(2**62, (), generator=generator).item())
         shown = [clips[i] for i in which.tolist()]
         texts = ["" if rng.random() < CAPTION_DROPOUT else moving.caption(clip, rng, OMIT) for clip in shown]
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_autocast():
             embeds = student.rows.encode(tokens(tokenizer, texts))
             predicted = unet(given.sample, given.timesteps, embeds.repeat_interleave(stage.frames, 0)).sample
         said = torch.tensor([bool(text) for text in texts])  # nobody knows of clips without words

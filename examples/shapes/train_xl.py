@@ -33,7 +33,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from lora_training.cpu import keep_freed_memory, use_plain_attention
+from lora_training.cpu import fast_autocast, fast_precision, keep_freed_memory, use_plain_attention
 
 from denoising import CAPTION_DROPOUT, Layout, cached_moments, denoising_loss, drawn_latents, noised, random_tokens
 from model import (
@@ -216,7 +216,7 @@ def train_pipeline(recipe: Recipe) -> StableDiffusionXLPipeline:
     def reading_loss(generator: torch.Generator) -> torch.Tensor:
         which = torch.randint(recipe.scenes, (recipe.batch,), generator=generator).tolist()
         ids, _ = random_tokens(pipe.tokenizer, [scenes[i] for i in which], generator, dropout=0.0)
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_autocast():
             with torch.no_grad():
                 asked = shapes.text_encoder(ids).last_hidden_state
             said = pipe.text_encoder(ids, output_hidden_states=True).hidden_states[-2]
@@ -240,7 +240,7 @@ def train_pipeline(recipe: Recipe) -> StableDiffusionXLPipeline:
         shown = [scenes[i] for i in scene_of.tolist()]
         ids, dropped = random_tokens(pipe.tokenizer, shown, generator, CAPTION_DROPOUT)
         kept = 1.0 - torch.tensor(dropped, dtype=torch.float32)
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_autocast():
             embeds, pooled = encoded(pipe, ids)
             embeds, pooled = embeds * kept[:, None, None], pooled * kept[:, None]  # zeros, as for SDXL's empty prompt
             added = {"text_embeds": pooled, "time_ids": time_ids[picture]}
@@ -351,7 +351,7 @@ autoencoder is the shapes model's, unchanged.
 ## Alignment
 
 {steps} DDIM steps, guidance {guidance:g}, {judged} held-out prompts, half of which name a pair of shape and colour that was
-never drawn in training; judged by the attribute classifier. UNet in bfloat16, here and below.
+never drawn in training; judged by the attribute classifier. UNet in {fast_precision()}, here and below.
 
 {alignment}
 

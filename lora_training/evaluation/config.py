@@ -158,7 +158,8 @@ class EvaluationConfig:
         clips: what is drawn are clips, by a model of family `animatediff`; None: pictures.
         seeds: of noise; from several, figures are means with standard deviations, and diversity is measured.
         batch_size: pictures, or clips, at a time.
-        precision: of the networks; with `bf16` only the UNet's inside, for latents need more than its 8 bits.
+        precision: of the networks; with `bf16` only the UNet's inside, for latents need more than its 8 bits, and a processor
+            without bfloat16 computes in float32.
         reference: what distances are to; with `features`.
         features: the space of distances; None: they are not measured.
         similarity: the space of consistency; None: that of distances.

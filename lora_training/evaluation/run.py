@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ..backbones import load_backbone
 from ..config import DataConfig, chosen
+from ..cpu import precision_here
 from ..data.clips import load_clip
 from ..data.sources import Record, clips_in
 from ..distances import load_lpips
@@ -50,9 +51,10 @@ class Evaluation:
     """
 
     def __init__(self, config: EvaluationConfig):
-        self.config, self.root, clips = config, Path(config.output), config.clips
         self.accelerator = Accelerator()
         device = self.accelerator.device
+        config = replace(config, precision=precision_here(config.precision, device))
+        self.config, self.root, clips = config, Path(config.output), config.clips
         self.prompts = read_prompts(config.prompts, config.count)
         # judges first: what is missing is said before anything is drawn
         self.features = load_features(config.features, device) if config.features else None

@@ -96,7 +96,7 @@ def test_clips_are_judged_beside_every_rival_and_the_teacher(tmp_path):
     rows = [clip_row(report.ALONE, 1, 0.5), clip_row(report.ALONE, 2, 0.7), clip_row(report.ALONE, 4, 0.8)]
     rows += [clip_row("LCM", 1, 0.49), clip_row("LCM", 2, 0.6), clip_row("LCM", 4, 0.9), clip_row("DDIM", 4, 0.1)]
     teacher = {"method": "teacher", "steps": 25, "motion": 0.875, "alignment": 0.5}
-    told = {"pictures": 8, "seeds": [0, 1, 2], "rows": rows, "reference": [teacher]}
+    told = {"config": {"precision": "no"}, "pictures": 8, "seeds": [0, 1, 2], "rows": rows, "reference": [teacher]}
     (tmp_path / "report.json").write_text(json.dumps(told), encoding="utf-8")
     text = report.clips(tmp_path / "report.json")
     assert (
