@@ -1,6 +1,7 @@
 """What was claimed of few-step methods, measured on the shapes model: writes docs/results.md and its pictures.
 
 make report        (or: python examples/shapes/report.py, after the evaluation whose report.json it reads)
+python examples/shapes/report.py --kept        only the sections on what `ablate.py` and the search have kept: a second
 
 Two sources: the report of `examples/evaluation/shapes.yaml`, which draws with the shipped adapters, and the figures that
 `ablate.py` keeps in `ablations/` of adapters that do not ship.
@@ -11,8 +12,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from lora_training.evaluation.__main__ import parse
 from lora_training.evaluation.generation import Pictures
 from lora_training.evaluation.report import plot
 from lora_training.evaluation.run import pictures_of
+from lora_training.files import write_text
 
 from model import HERE
 
@@ -42,6 +45,7 @@ DISTILLED_RIVALS = ("LCM", "LCM, guidance 1", "LCM, by LCMScheduler")
 ALONE = "PCM, 4 phases"
 MATCHED = {1: "PCM, 1 phase", 2: "PCM, 2 phases", 4: ALONE, 8: "PCM, 8 phases", 16: "PCM, 8 phases"}  # by steps
 SEARCHED = FIGURES / "timesteps" / f"{ALONE}-8-steps-frechet_distance.json"  # written by `lora_training.evaluation.search`
+TIMES, SETTINGS = "Sampling times", "Settings of training, one changed at a time"  # sections of what is kept in FIGURES
 Row = dict[str, Any]
 Figures = dict[str, Row]  # of ablations, by name
 
@@ -319,6 +323,47 @@ Farneback's. A clip that stands still has cosine 1 and flow 0.
 {video_aims(report)}"""
 
 
+def precisions(figures: Figures) -> str:
+    """Which rows were made in float32: those of `mixed_precision: no`, and all that processors without bfloat16 made."""
+    single = [name for name, row in figures.items() if row.get("precision") == "float32"]
+    if not single:
+        return "The networks were trained and measured in bfloat16."
+    return (
+        f"In float32, on a processor without bfloat16: {', '.join(single)}. The others in bfloat16; what that changes is in the "
+        "table of precisions."
+    )
+
+
+def settings_of_training(figures: Figures) -> str:
+    """The section on ablations."""
+    missing = [variant.name for variant in variants() if variant.name not in figures]
+    left = f"\n\nNot trained yet, and so in no table: {', '.join(missing)}." if missing else ""
+    deviation = training_spread(figures, "pcm-4")
+    ties = (
+        '"Tie": nearer to the base than twice the deviation of the base\'s three training seeds.'
+        if deviation
+        else "The base has not been trained from other seeds yet, so no difference is called one."
+    )
+    return f"""{UPDATES} updates each, half of what the shipped adapters had, and {IMAGES} pictures from one noise, so these
+distances are not to be compared with those above. Each with the best of three sampling guidances at every number of steps (in one step they
+ask for less of it than in four); one-phase rows with the learning rate that the search for LCM chose, the others with PCM's.
+{ties} The error away from the ODE is that of the teacher guided as in training: rows with `objective.guidance_scale=1` have an
+easier one to follow, and are to be compared with each other.
+
+{precisions(figures)}
+
+Every row is made by `python examples/shapes/ablate.py --only NAME`, and its figures, with the settings' hash, are in
+[examples/shapes/ablations](../examples/shapes/ablations).{left}
+
+{ablations(figures)}
+
+### Training seeds
+
+Three seeds of training, one noise: means ± standard deviations of the Frechet distance x 1000.
+
+{seeds_table(figures)}"""
+
+
 def document(report: Row, figures: Figures, floor: float, video_report: Path) -> str:
     """docs/results.md.
 
@@ -328,14 +373,6 @@ def document(report: Row, figures: Figures, floor: float, video_report: Path) ->
         floor: the distance of the teacher beside itself.
         video_report: the file of the evaluation of clips, which may not be there.
     """
-    missing = [variant.name for variant in variants() if variant.name not in figures]
-    left = f"\n\nNot trained yet, and so in no table: {', '.join(missing)}." if missing else ""
-    deviation = training_spread(figures, "pcm-4")
-    ties = (
-        '"Tie": nearer to the base than twice the deviation of the base\'s three training seeds.'
-        if deviation
-        else "The base has not been trained from other seeds yet, so no difference is called one."
-    )
     return f"""# Results on the shapes model
 
 Written by `make report`; no figure is typed by hand. They are of a small model on drawn scenes and say nothing about Stable
@@ -396,7 +433,7 @@ noise leaves the ODE by it, so there a single step is measured alone.
 
 {ode_table(report)}
 
-## Sampling times
+## {TIMES}
 
 {searched_times()}
 
@@ -404,25 +441,32 @@ noise leaves the ODE by it, so there a single step is measured alone.
 
 {clips(video_report)}
 
-## Settings of training, one changed at a time
+## {SETTINGS}
 
-{UPDATES} updates each, half of what the shipped adapters had, and {IMAGES} pictures from one noise, so these distances are
-not to be compared with those above. Each with the best of three sampling guidances at every number of steps (in one step they
-ask for less of it than in four); one-phase rows with the learning rate that the search for LCM chose, the others with PCM's.
-{ties} The error away from the ODE is that of the teacher guided as in training: rows with `objective.guidance_scale=1` have an
-easier one to follow, and are to be compared with each other.
-
-Every row is made by `python examples/shapes/ablate.py --only NAME`, and its figures, with the settings' hash, are in
-[examples/shapes/ablations](../examples/shapes/ablations).{left}
-
-{ablations(figures)}
-
-### Training seeds
-
-Three seeds of training, one noise: means ± standard deviations of the Frechet distance x 1000.
-
-{seeds_table(figures)}
+{settings_of_training(figures)}
 """
+
+
+def with_sections(text: str, sections: Mapping[str, str]) -> str:
+    """A document with some of its sections written anew.
+
+    Args:
+        text: the document, whose sections begin with `## ` and their heading.
+        sections: heading -> what stands below it.
+
+    Raises:
+        ValueError: the document has no such section.
+    """
+    parts = re.split(r"(?m)^(?=## )", text)
+    headings = [part.partition("\n")[0].removeprefix("## ") for part in parts]
+    missing = sections.keys() - set(headings)
+    if missing:
+        raise ValueError(f"The document has no section named {', '.join(sorted(missing))}; it has {', '.join(headings[1:])}.")
+    anew = [
+        f"## {heading}\n\n{sections[heading]}\n\n" if heading in sections else part
+        for heading, part in zip(headings, parts, strict=True)
+    ]
+    return "".join(anew).rstrip("\n") + "\n"
 
 
 def sheet_rows(config: Any) -> dict[str, torch.Tensor]:
@@ -442,19 +486,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
     parser.add_argument("--config", type=Path, default=CONFIG, help="of the evaluation")
+    parser.add_argument("--kept", action="store_true", help="write only the sections that need no evaluation anew")
     args = parser.parse_args()
+    document_file = args.out / "results.md"
+    figures = {variant.name: found for variant in variants() if (found := figures_of(variant))}
+    print(f"{document_file}: {len(figures)} of {len(variants())} variants have figures in {FIGURES}")
+    if args.kept:
+        sections = {TIMES: searched_times(), SETTINGS: settings_of_training(figures)}
+        write_text(document_file, with_sections(document_file.read_text(encoding="utf-8"), sections))
+        return
     config = parse(["--config", str(args.config)])
     report = json.loads((Path(config.output) / "report.json").read_text(encoding="utf-8"))
     config = dataclasses.replace(config, precision=report["config"]["precision"])  # which is the processor's
     video_report = Path(yaml.safe_load(VIDEO_CONFIG.read_text(encoding="utf-8"))["output"]) / "report.json"
-    figures = {variant.name: found for variant in variants() if (found := figures_of(variant))}
     with safe_open(TEACHER_STATISTICS, framework="pt") as file:
         floor = float(file.metadata()["floor"])
     save(contact_sheet(sheet_rows(config)), args.out / "contact_sheet.png")
     drawn = {path.stem: path for path in plot(report["rows"], Path(config.output))}
     (args.out / "results_frechet_distance.png").write_bytes(drawn["frechet_distance"].read_bytes())
-    (args.out / "results.md").write_text(document(report, figures, floor, video_report), encoding="utf-8")
-    print(f"{args.out / 'results.md'}: {len(figures)} of {len(variants())} variants have figures in {FIGURES}")
+    write_text(document_file, document(report, figures, floor, video_report))
 
 
 if __name__ == "__main__":

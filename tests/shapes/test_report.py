@@ -46,6 +46,22 @@ def test_a_setting_is_better_or_worse_by_more_than_training_seeds_are():
     assert "worse" not in report.ablation_table([figures["pcm-4"], *rows], figures["pcm-4"], {})
 
 
+def test_sections_are_written_anew_and_the_others_stay():
+    text = "# Title\n\nfirst\n\n## One\n\nold\n\n### Part of one\n\nold too\n\n## Two\n\nkept\n"
+    assert report.with_sections(text, {"One": "new"}) == "# Title\n\nfirst\n\n## One\n\nnew\n\n## Two\n\nkept\n"
+    assert report.with_sections(text, {"Two": "new"}) == text.replace("kept", "new")
+    with pytest.raises(ValueError, match=r"no section named Three; it has One, Two"):
+        report.with_sections(text, {"Three": "new"})
+
+
+def test_the_document_shows_all_that_is_kept(tmp_path, monkeypatch):
+    shown = (report.ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    (tmp_path / "results.md").write_text(shown, encoding="utf-8")
+    monkeypatch.setattr("sys.argv", ["report.py", "--kept", "--out", str(tmp_path)])
+    report.main()
+    assert (tmp_path / "results.md").read_text(encoding="utf-8") == shown
+
+
 def test_every_variant_has_a_table_and_a_name_of_its_own():
     variants = ablate.variants()
     assert {variant.table for variant in variants} <= set(report.TABLES)
