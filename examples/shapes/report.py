@@ -347,8 +347,8 @@ def settings_of_training(figures: Figures) -> str:
     return f"""{UPDATES} updates each, half of what the shipped adapters had, and {IMAGES} pictures from one noise, so these
 distances are not to be compared with those above. Each with the best of three sampling guidances at every number of steps (in
 one step they ask for less of it than in four); one-phase rows with the learning rate that the search for LCM chose, the
-others with PCM's. {ties} The error away from the ODE is that of the teacher guided as in training: rows with `objective.guidance_scale=1` have an
-easier one to follow, and are to be compared with each other.
+others with PCM's. {ties} The error away from the ODE is that of the teacher guided as in
+training: rows with `objective.guidance_scale=1` have an easier one to follow, and are to be compared with each other.
 
 {precisions(figures)}
 
