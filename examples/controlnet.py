@@ -35,8 +35,12 @@ parser.add_argument("--out", type=Path, default=Path("outputs/controlnet.png"))
 args = parser.parse_args()
 
 device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
-base = AutoPipelineForText2Image.from_pretrained(args.model)
-controlnet = ControlNetModel.from_pretrained(args.controlnet) if args.controlnet else ControlNetModel.from_unet(base.unet)
+base = AutoPipelineForText2Image.from_pretrained(args.model, use_safetensors=True)
+controlnet = (
+    ControlNetModel.from_pretrained(args.controlnet, use_safetensors=True)
+    if args.controlnet
+    else ControlNetModel.from_unet(base.unet)
+)
 pipe = StableDiffusionControlNetPipeline(**base.components, controlnet=controlnet, requires_safety_checker=False).to(
     device, dtype
 )

@@ -53,7 +53,7 @@ if needed and getattr(args, needed) is None:
     parser.error(f"{args.task} needs --{needed}")
 
 device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
-pipe = AutoPipelineForText2Image.from_pretrained(args.model).to(device, dtype)
+pipe = AutoPipelineForText2Image.from_pretrained(args.model, use_safetensors=True).to(device, dtype)
 settings = load_pcm_lora(pipe, args.adapter, weight_name=args.weight_name, num_phases=args.phases)
 edit = PCMEditPipeline.from_pipe(pipe, settings)
 image = Image.open(args.image)

@@ -35,7 +35,7 @@ if bool(args.image) != bool(args.mask):
     parser.error("--image and --mask go together")
 
 device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
-pipe = AutoPipelineForText2Image.from_pretrained(args.model).to(device, dtype)
+pipe = AutoPipelineForText2Image.from_pretrained(args.model, use_safetensors=True).to(device, dtype)
 settings = load_pcm_lora(pipe, args.adapter, weight_name=args.weight_name, num_phases=args.phases)
 guidance_scale = settings.guidance_scale if args.guidance_scale is None else args.guidance_scale
 generator = torch.Generator(device).manual_seed(args.seed)

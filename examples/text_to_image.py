@@ -36,7 +36,7 @@ if args.model.endswith(".safetensors"):
     single_file = StableDiffusionXLPipeline if args.sdxl else StableDiffusionPipeline
     pipe = single_file.from_single_file(args.model)
 else:
-    pipe = AutoPipelineForText2Image.from_pretrained(args.model)
+    pipe = AutoPipelineForText2Image.from_pretrained(args.model, use_safetensors=True)
 pipe.to(device, dtype)
 
 settings = load_pcm_lora(pipe, args.adapter, weight_name=args.weight_name, num_phases=args.phases)

@@ -67,7 +67,7 @@ def load_motion_adapter(path: str) -> MotionAdapter:
     if not path.endswith(".safetensors"):
         if Path(path).exists() and not (Path(path) / "config.json").is_file():
             raise ValueError(f"model.motion_adapter {path} is not a diffusers MotionAdapter folder: it has no config.json.")
-        return MotionAdapter.from_pretrained(path)
+        return MotionAdapter.from_pretrained(path, use_safetensors=True)
     if not Path(path).is_file():
         raise ValueError(f"model.motion_adapter {path} does not exist.")
     try:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from safetensors import SafetensorError
 
 from pcm_scheduler.noise_schedule import alphas_and_sigmas, check_prediction_type
 
@@ -75,12 +76,17 @@ class Backbone(ABC):
         else:
             if Path(path).exists() and not (Path(path) / "model_index.json").is_file():
                 raise ValueError(f"model.path {path} is not a diffusers model folder: it has no model_index.json.")
-            pipe = cls.pipeline_class.from_pretrained(path, **cls.load_arguments)
+            pipe = cls.pipeline_class.from_pretrained(path, use_safetensors=True, **cls.load_arguments)
         pipe.to(torch.float32)
         for lora in config.teacher_loras:
             if lora.endswith(".safetensors") and not Path(lora).is_file():
                 raise ValueError(f"model.teacher_loras: {lora} does not exist.")
-            pipe.load_lora_weights(lora)
+            try:
+                pipe.load_lora_weights(lora, use_safetensors=True)
+            except SafetensorError as error:
+                raise ValueError(
+                    f"model.teacher_loras: {lora} is not a safetensors file, or not a whole one: {error}"
+                ) from error
             pipe.fuse_lora()
             pipe.unload_lora_weights()
         return pipe

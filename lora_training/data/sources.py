@@ -7,6 +7,7 @@ can be counted and named.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -121,8 +122,8 @@ class Folder:
     """Pictures or clips in a folder and below, sorted by path.
 
     `metadata.jsonl` (one object a line, with `file_name` and `text` or `caption`) speaks for the files in its folder and
-    below; a `.txt` of the file's own name speaks for the others. A folder of numbered pictures is a clip, and is captioned as
-    a file is: `walk/0001.png` and on by `walk.txt`, or by `walk` in a metadata.jsonl.
+    below, and for no other; a `.txt` of the file's own name speaks for the rest. A folder of numbered pictures is a clip, and
+    is captioned as a file is: `walk/0001.png` and on by `walk.txt`, or by `walk` in a metadata.jsonl.
 
     Args:
         folder: where.
@@ -149,9 +150,10 @@ class Folder:
             if self._clips and frames_in(self._folder):
                 hint = " It holds numbered pictures: give the folder that this folder is in, or leave data.clips out."
             raise ValueError(f"{self._folder} holds no {noun}; looked for {', '.join(sorted(suffixes))}.{hint}")
-        known = set(found)
         for path in captions:
-            if not path.is_file() and path not in known:
+            if not path.is_relative_to(self._folder) or ".." in path.relative_to(self._folder).parts:
+                yield Record(str(path), problem="is named in metadata.jsonl but is outside of its folder")
+            elif not path.exists():
                 yield Record(str(path), problem="is named in metadata.jsonl but is not there")
         for path in found:
             words = path.with_name(f"{path.name}.txt") if path.is_dir() else path.with_suffix(".txt")
@@ -185,7 +187,7 @@ def _metadata(file: Path) -> dict[Path, str]:
         try:
             entry = json.loads(line)
             caption = entry["text"] if "text" in entry else entry["caption"]
-            captions[file.parent / entry["file_name"]] = str(caption).strip()
+            captions[file.parent / os.path.normpath(entry["file_name"])] = str(caption).strip()
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(
                 f'{file}, line {number}, is not an object like {{"file_name": "a.png", "text": "words"}}: {error}'

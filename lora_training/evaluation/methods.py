@@ -77,8 +77,11 @@ class MethodConfig:
     timesteps: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[\w.+-][\w .,+-]*", self.name):
-            raise ValueError(f"A method's name is also that of a folder: letters, digits, spaces and .,+-_; got {self.name!r}.")
+        if not re.fullmatch(r"\w[\w .,+-]*", self.name):
+            raise ValueError(
+                "A method's name is also that of a folder: a letter or digit, then letters, digits, spaces and .,+-_; got "
+                f"{self.name!r}."
+            )
         if self.adapter and not Path(self.adapter).is_file():
             raise ValueError(f"Method {self.name}: there is no file {self.adapter}.")
         if not self.steps or min(self.steps) < 1:
