@@ -49,10 +49,10 @@ def cached_moments(
         parts: dict[str, list[torch.Tensor]] = {"mean": [], "std": []}
         for j in tqdm(range(0, count, 64), desc="encode", mininterval=2.0):
             images = pictures(range(j, min(j + 64, count)))
-            with fast_autocast():
-                posterior = vae.encode(images).latent_dist
-            parts["mean"].append(posterior.mean.half())
-            parts["std"].append(posterior.std.half())
+            with fast_autocast(vae.device.type):
+                posterior = vae.encode(images.to(vae.device)).latent_dist
+            parts["mean"].append(posterior.mean.half().cpu())
+            parts["std"].append(posterior.std.half().cpu())
         write_safetensors({name: torch.cat(tensors) for name, tensors in parts.items()}, path)
     return load_file(path)
 

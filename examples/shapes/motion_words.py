@@ -108,7 +108,8 @@ class WordRows(nn.Module):
         """Tokens (N, L) -> (N, L, width), with the rows as they are now."""
         (encoder,) = self._encoder
         name, table = next((n, p) for n, p in encoder.named_parameters() if n.endswith(_EMBEDDING))
-        return functional_call(encoder, {name: table.detach().index_put((self._ids,), self.rows)}, (ids,)).last_hidden_state
+        rows = table.detach().index_put((self._ids.to(table.device),), self.rows)
+        return functional_call(encoder, {name: rows}, (ids.to(table.device),)).last_hidden_state
 
 
 class PlaceReader(nn.Module):

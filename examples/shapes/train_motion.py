@@ -1,4 +1,4 @@
-"""Train AnimateDiff's motion modules for the shapes UNet, whose own weights stay; about an hour on two cores.
+"""Train AnimateDiff's motion modules for the shapes UNet, whose own weights stay: on a GPU if there is one, else for hours.
 
 The rows of the words of motion (`motion_words.py`) go on training with them, for until now the UNet has only learned to
 overlook these words. Which motion it is, is decided at the highest noise levels, as the places of things are, so the loss
@@ -25,7 +25,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, UNetMotionModel
+from diffusers import AutoencoderKL, MotionAdapter, UNetMotionModel
 from diffusers.models.embeddings import SinusoidalPositionalEmbedding
 from motion_words import OMIT, WordRows, add_words, load_words, tokens
 from torch import nn
@@ -36,7 +36,7 @@ from lora_training.frames import batch_as_frames
 from pcm_scheduler.lora_file import write_safetensors
 
 import moving
-from denoising import CAPTION_DROPOUT, Layout, cached_moments, denoising_loss, drawn_latents, noised
+from denoising import CAPTION_DROPOUT, Layout, Noised, cached_moments, denoising_loss, drawn_latents, noised
 from model import MOTION_DIR, RUNS_DIR, build_motion_adapter, load_pipeline
 from moving import KINDS, NUM_FRAMES, Clip, sample_clip
 from scenes import IMAGE_SIZE, MOTION_TRAIN_SEED
@@ -164,21 +164,23 @@ def main() -> None:
 
     keep_freed_memory()
     torch.manual_seed(0)
-    pipe = load_pipeline()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pipe = load_pipeline().to(device)
     tokenizer, text_encoder, vae, scheduler = pipe.tokenizer, pipe.text_encoder, pipe.vae, pipe.scheduler
     words = load_words()
     add_words(tokenizer, text_encoder, words)
     text_encoder.requires_grad_(False).set_attn_implementation("eager")
     moments = clip_moments(vae, args.clips)
-    unet = UNetMotionModel.from_unet2d(pipe.unet, build_motion_adapter()).requires_grad_(False)
-    use_plain_attention(unet)
+    unet = UNetMotionModel.from_unet2d(pipe.unet, build_motion_adapter()).requires_grad_(False).to(device)
+    if device.type == "cpu":
+        use_plain_attention(unet)
     student = Moves(unet, WordRows(tokenizer, text_encoder, list(words)))
     clips = [sample_clip(MOTION_TRAIN_SEED, i) for i in range(args.clips)]
 
     of_kinds = {
         stage.kinds: torch.tensor([i for i, clip in enumerate(clips) if clip.motion.kind in stage.kinds]) for stage in STAGES
     }
-    positions, heads, maps = FramePositions(unet), PlaceHeads(unet), covered(clips)
+    positions, heads, maps = FramePositions(unet), PlaceHeads(unet).to(device), covered(clips)
 
     def losses(generator: torch.Generator, stage: Stage) -> tuple[torch.Tensor, torch.Tensor]:
         among = of_kinds[stage.kinds]
@@ -186,16 +188,16 @@ def main() -> None:
         positions.frames = random_frames(stage.frames, generator)
         frames = (which[:, None] * NUM_FRAMES + positions.frames).flatten()
         latents = batch_as_frames(drawn_latents(moments, frames, vae, generator), stage.batch)
-        given = noised(latents, scheduler, generator, stage.layout)
+        given = Noised(*(part.to(device) for part in noised(latents, scheduler, generator, stage.layout)))
         rng = np.random.default_rng(torch.randint(2**62, (), generator=generator).item())
         shown = [clips[i] for i in which.tolist()]
         texts = ["" if rng.random() < CAPTION_DROPOUT else moving.caption(clip, rng, OMIT) for clip in shown]
-        with fast_autocast():
+        with fast_autocast(device.type):
             embeds = student.rows.encode(tokens(tokenizer, texts))
             predicted = unet(given.sample, given.timesteps, embeds.repeat_interleave(stage.frames, 0)).sample
         said = torch.tensor([bool(text) for text in texts])  # nobody knows of clips without words
         asked = torch.where(said[:, None, None, None], maps[which][:, positions.frames].float(), -1.0)
-        return denoising_loss(predicted, given), heads(asked.flatten(0, 1))
+        return denoising_loss(predicted, given), heads(asked.flatten(0, 1).to(device))
 
     def places(generator: torch.Generator) -> torch.Tensor:
         return losses(generator, replace(STAGES[-1], batch=HEADS_BATCH))[1]
@@ -225,8 +227,9 @@ def main() -> None:
             seed=number,
             warmup=20,
         )
-    unet.half().save_motion_modules(MOTION_DIR)
-    rows = {word: row.detach().half() for word, row in zip(words, student.rows.rows, strict=True)}
+    unet.save_motion_modules(MOTION_DIR)
+    MotionAdapter.from_pretrained(MOTION_DIR).half().save_pretrained(MOTION_DIR)
+    rows = {word: row.detach().half().cpu() for word, row in zip(words, student.rows.rows, strict=True)}
     write_safetensors(rows, MOTION_DIR / "words.safetensors", {})
 
 
