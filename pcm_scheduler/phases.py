@@ -6,6 +6,7 @@ at edges e_0 = 0 < e_1 < ... < e_M = N. A point n belongs to phase m when e_m < 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +22,8 @@ MOST_TIMESTEPS = 1_000_000
 
 def _solver_steps_of(num_train_timesteps: int) -> list[int]:
     """Every N that divides T with N < T, ascending."""
-    return [n for n in range(1, num_train_timesteps) if num_train_timesteps % n == 0]
+    low = [n for n in range(1, math.isqrt(num_train_timesteps) + 1) if num_train_timesteps % n == 0]
+    return sorted({*low, *(num_train_timesteps // n for n in low)} - {num_train_timesteps})
 
 
 def _check_solver_grid(num_solver_steps: int, num_train_timesteps: int) -> tuple[int, int]:

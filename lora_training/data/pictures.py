@@ -125,8 +125,8 @@ def framed(frames: Iterable[Image.Image], name: str, size: Size, config: DataCon
             covering = (max(round(frame.width * scale), width), max(round(frame.height * scale), height))
             if math.prod(covering) > _MOST_COVERING:
                 raise ValueError(
-                    f"it is {frame.height} x {frame.width} pixels: scaled to cover {height} x {width} it would be {covering[1]} x "
-                    f"{covering[0]}. Crop it."
+                    f"it is {frame.height} x {frame.width} pixels: scaled to cover {height} x {width} it would be "
+                    f"{covering[1]} x {covering[0]}. Crop it."
                 )
             spare_left, spare_top = covering[0] - width, covering[1] - height
             if config.crop == "random":
@@ -149,7 +149,7 @@ def framed(frames: Iterable[Image.Image], name: str, size: Size, config: DataCon
 def generator_of_name(name: str) -> np.random.Generator:
     """Draws the same for a record whenever it is read."""
     # names of files may be no UTF-8, which Python has as half characters
-    return np.random.default_rng(list(hashlib.sha256(name.encode(errors="surrogateescape")).digest()))
+    return np.random.default_rng(list(hashlib.sha256(name.encode(errors="surrogatepass")).digest()))
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

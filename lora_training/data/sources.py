@@ -144,7 +144,8 @@ class Folder:
 
     def _find(self) -> Iterator[Record]:
         files = sorted(self._folder.rglob("*"))
-        captions = {r.content: r for file in files if file.name == "metadata.jsonl" and file.is_file() for r in _metadata(file)}
+        told = [file for file in files if file.name == "metadata.jsonl" and file.is_file()]
+        captions = {path: record for file in told for path, record in _metadata(file)}
         suffixes, noun = (CLIP_SUFFIXES, "clips") if self._clips else (SUFFIXES, "pictures")
         found = clips_in(self._folder) if self._clips else [p for p in files if p.suffix.lower() in suffixes and p.is_file()]
         if not found:
@@ -188,8 +189,8 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _metadata(file: Path) -> Iterator[Record]:
-    """What the lines of a metadata.jsonl say.
+def _metadata(file: Path) -> Iterator[tuple[Path, Record]]:
+    """What the lines of a metadata.jsonl say, and of which files.
 
     Raises:
         ValueError: a line that is not such an object; which.
@@ -199,9 +200,9 @@ def _metadata(file: Path) -> Iterator[Record]:
             raise ValueError(f'{where} is not an object like {{"file_name": "a.png", "text": "words"}}: {shortened(entry)}')
         path, key = file.parent / entry["file_name"], "text" if "text" in entry else "caption"
         try:
-            yield Record(str(path), path, words(entry[key]))
+            yield path, Record(str(path), path, words(entry[key]))
         except ValueError as error:
-            yield Record(str(path), path, problem=f"has no caption that can be used: its {key} {error}")
+            yield path, Record(str(path), path, problem=f"has no caption that can be used: its {key} {error}")
 
 
 class TarShards:
@@ -268,6 +269,7 @@ class TarShards:
     def _record_of(self, sample: dict[str, Any], url: str) -> Record:
         name = f"{url}: {sample['__key__']}"
         content = next((v for k, v in sample.items() if f".{k}" in self._suffixes), None)
+        caption: str | None
         try:
             if "txt" in sample:
                 caption = decoded(sample["txt"])
@@ -315,7 +317,7 @@ def _tar_members(stream: IO[bytes], note: Callable[[Exception], bool]) -> Iterat
     try:
         with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header) as tar:
             for member in tar:
-                tar.members = []  # or it keeps them all
+                tar.members = []  # type: ignore[attr-defined]  # or it keeps them all
                 if not member.isreg() or re.match(r"__[^/]*__($|/)", member.name):  # webdataset's own files
                     continue
                 if member.sparse is not None or member.size > _LARGEST_MEMBER:  # its holes would be filled in
