@@ -226,6 +226,7 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict
         return {key: _tensor(file, key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
+_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "I32", "I16", "I8", "U8", "BOOL")
 _MOST_DIMENSIONS = 8  # PyTorch counts and compares up to 64 and lays out any number, slowly; models have up to 5
 
 
@@ -233,9 +234,12 @@ def _tensor(file: Any, key: str) -> torch.Tensor:
     """One tensor of an open file; its shape is looked at first, as safetensors compares no more than its product.
 
     Raises:
-        ValueError: a shape that no tensor can have; which.
+        ValueError: a shape that no tensor can have, or a type that PyTorch cannot compute with; which.
     """
-    shape = file.get_slice(key).get_shape()
+    part = file.get_slice(key)
+    shape, dtype = part.get_shape(), str(part.get_dtype())
+    if dtype not in _DTYPES:
+        raise ValueError(f"its tensor {shortened(key)} is of {dtype}, and weights are read of {', '.join(_DTYPES)}")
     # with a 0 among them the others are bounded by nothing
     if len(shape) > _MOST_DIMENSIONS or math.prod(max(size, 1) for size in shape) > 2**48:
         raise ValueError(f"its tensor {shortened(key)} has the shape {shortened(tuple(shape))}, which no weight has")
