@@ -73,11 +73,11 @@ def fuzz(subject: str, inputs: st.SearchStrategy[Any], check: Callable[[Any], No
 
 
 @contextmanager
-def in_time() -> Iterator[None]:
+def in_time(seconds_of_cpu: float = SECONDS_OF_CPU) -> Iterator[None]:
     def late(number: int, frame: Any) -> None:
-        raise Hang(f"more than {SECONDS_OF_CPU} s of computing, or {SECONDS} s")
+        raise Hang(f"more than {seconds_of_cpu} s of computing, or {SECONDS} s")
 
-    alarms = {signal.SIGPROF: (signal.ITIMER_PROF, SECONDS_OF_CPU), signal.SIGALRM: (signal.ITIMER_REAL, SECONDS)}
+    alarms = {signal.SIGPROF: (signal.ITIMER_PROF, seconds_of_cpu), signal.SIGALRM: (signal.ITIMER_REAL, SECONDS)}
     before = {number: signal.signal(number, late) for number in alarms}
     try:
         for timer, seconds in alarms.values():

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 
 from ..config import DataConfig
 from .sources import Record
@@ -90,7 +90,10 @@ def upright_size(record: Record) -> Size:
     """
     with opened(record) as file:
         turned = file.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF orientations that lie on their side
-        size = (file.width, file.height) if turned else (file.height, file.width)
+        width, height = file.size
+        if isinstance(file, TiffImagePlugin.TiffImageFile):  # whose size newer versions of PIL have turned already
+            width, height = file.tag_v2[256], file.tag_v2[257]
+        size = (width, height) if turned else (height, width)
         if min(size) < 1:
             raise ValueError(f"it is {size[0]} x {size[1]} pixels")
         return size
@@ -163,7 +166,8 @@ def rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image, dtype=np.float64)
         if not np.isfinite(values).all():
             raise ValueError("it has pixels that are not finite numbers")
-        image = Image.fromarray((values / (65535 if values.max() > 255 else 255) * 255).clip(0, 255).astype(np.uint8))
+        white = 65535 if values.max() > 255 else 1 if image.mode == "F" and values.max() <= 1 else 255
+        image = Image.fromarray((values / white * 255).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, cast
 
 from pcm_scheduler.checks import shortened
 
@@ -307,6 +307,22 @@ class _Header(tarfile.TarInfo):
         return found
 
 
+class _Ending:
+    """A stream that says when it is read on and on beyond its end, as tarfile does to skip a member of any size it is told."""
+
+    _MOST = 100  # empty answers in a row; a few are usual
+
+    def __init__(self, stream: IO[bytes]):
+        self._stream, self._empty = stream, 0
+
+    def read(self, size: int = -1) -> bytes:
+        content = self._stream.read(size)
+        self._empty = 0 if content else self._empty + 1
+        if self._empty > self._MOST:
+            raise EOFError("it ends before the end of a file in it")
+        return content
+
+
 def _tar_members(stream: IO[bytes], note: Callable[[Exception], bool]) -> Iterator[tuple[str, bytes]]:
     """The name and the content of every file in a tar, which may be compressed.
 
@@ -315,7 +331,7 @@ def _tar_members(stream: IO[bytes], note: Callable[[Exception], bool]) -> Iterat
         note: is told what cannot be read; where the tar itself is broken, that ends it.
     """
     try:
-        with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header) as tar:
+        with tarfile.open(fileobj=cast(IO[bytes], _Ending(stream)), mode="r|*", tarinfo=_Header) as tar:
             for member in tar:
                 tar.members = []  # type: ignore[attr-defined]  # or it keeps them all
                 if not member.isreg() or re.match(r"__[^/]*__($|/)", member.name):  # webdataset's own files
