@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from pcm_scheduler.checks import shortened
 from pcm_scheduler.phases import PhaseGrid
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of the networks
@@ -27,6 +28,27 @@ TARGET_SETS = {
         "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
     ),
 }  # fmt: skip
+
+
+def check_finite_settings(config: Any, prefix: str = "") -> None:
+    """Refuse numbers that nothing can be computed with, group by group: NaN, which passes most comparisons, and huge ones.
+
+    Args:
+        config: a dataclass.
+        prefix: of its settings' names, for messages.
+
+    Raises:
+        ValueError: which setting, and what it is.
+    """
+    for item in fields(config):
+        name, value = f"{prefix}{item.name}", getattr(config, item.name)
+        for part in value if isinstance(value, tuple) else (value,):
+            if is_dataclass(part) and not isinstance(part, type):
+                check_finite_settings(part, f"{name}.")
+            elif isinstance(part, float) and not math.isfinite(part):
+                raise ValueError(f"{name} must be a finite number; got {part}.")
+            elif isinstance(part, int) and abs(part) >= 2**63:
+                raise ValueError(f"{name} must be less than 2^63; got {shortened(part, 40)}.")
 
 
 def chosen(config: Any) -> dict[str, Any]:
@@ -441,6 +463,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is loaded."""
+        check_finite_settings(self)
         if not self.output.endswith(".safetensors"):
             raise ValueError(f"output must end in .safetensors; got {self.output!r}.")
         if self.trainable == "unet" and self.lora.init_adapter:
@@ -471,6 +494,9 @@ class TrainConfig:
             )
         if self.objective.phase_edges and self.objective.progressive_phases:
             raise ValueError("objective.phase_edges and objective.progressive_phases do not go together: leave one out.")
+        for name, value in (("lora.alpha", self.lora.alpha), ("optimizer.max_grad_norm", self.optimizer.max_grad_norm)):
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive; got {value}.")
         shares = {
             "lora.dropout": self.lora.dropout,
             "data.caption_dropout": self.data.caption_dropout,

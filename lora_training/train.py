@@ -16,17 +16,16 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import get_args, get_type_hints
 
-from jsonargparse import ArgumentParser
-
 if __package__ in (None, ""):  # run as a script: `accelerate launch` puts this folder, not the repository, on the path
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from lora_training.config import TrainConfig
 from lora_training.dry_run import dry_run
 from lora_training.loop import Interrupted, Run
+from lora_training.settings_parser import SettingsParser
 
 
-class Parser(ArgumentParser):
+class Parser(SettingsParser):
     """Says which setting was probably meant."""
 
     def error(self, message: str, ex: Exception | None = None) -> None:
@@ -57,7 +56,7 @@ def parse(arguments: list[str] | None = None) -> TrainConfig:
     parser = Parser(prog="train.py", description=__doc__)
     parser.add_argument("--config", action="config", help="a YAML file with the settings below")
     parser.add_class_arguments(TrainConfig)
-    settings = vars(parser.instantiate(parser.parse_args(arguments)))
+    settings = parser.settings(TrainConfig, arguments)
     settings.pop("config")
     try:
         return TrainConfig(**settings)

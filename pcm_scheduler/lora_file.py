@@ -11,17 +11,21 @@ standard `modelspec.*` and `ss_*` keys. Published PCM adapters have no such head
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .checks import finite_number, shortened, whole_number
 from .lora_layouts import (
     FORMATS,
     METADATA_KEY,
@@ -34,7 +38,7 @@ from .lora_layouts import (
     to_kohya,
     to_peft,
 )
-from .noise_schedule import BETA_SCHEDULES, check_prediction_type
+from .noise_schedule import check_beta_schedule, check_prediction_type
 from .phases import PhaseGrid
 from .published import published_name
 
@@ -42,6 +46,14 @@ ARCHITECTURES = {
     "sd15": "stable-diffusion-v1",
     "sdxl": "stable-diffusion-xl-v1-base",
     "animatediff": "stable-diffusion-v1",
+}
+# Of an adapter's settings, the least and the most. More guidance than this is no guidance that anybody has sampled with.
+_RANGES = {
+    "training_guidance_scale": (0.0, 1e6),
+    "guidance_scale": (0.0, 1e6),
+    "eta": (0.0, 1.0),
+    "beta_start": (0.0, 1.0),
+    "beta_end": (0.0, 1.0),
 }
 HEADER_PREFIX = "pcm."
 HEADER_VERSION = "1"
@@ -64,6 +76,9 @@ class AdapterSettings:
         inferred: guessed from a published file's name or hash instead of stated by who trained it.
         beta_schedule: of the noise in training, as diffusers names it; None: that of whatever model it is used with.
         beta_start, beta_end: of that schedule; None: as `beta_schedule`.
+
+    Raises:
+        ValueError: a value that none of these can have, or edges that are not the grid's; which.
     """
 
     base_model: str
@@ -81,10 +96,17 @@ class AdapterSettings:
     beta_end: float | None = None
 
     def __post_init__(self) -> None:
+        if self.base_model not in ARCHITECTURES:
+            raise ValueError(f"Unknown base_model {shortened(self.base_model)}; choose one of {', '.join(ARCHITECTURES)}.")
         check_prediction_type(self.prediction_type)
-        if self.beta_schedule is not None and self.beta_schedule not in BETA_SCHEDULES:
-            raise ValueError(f"Unknown beta_schedule {self.beta_schedule!r}; choose one of {', '.join(BETA_SCHEDULES)}.")
-        _ = self.grid  # refuses impossible edges
+        if self.beta_schedule is not None:
+            check_beta_schedule(self.beta_schedule)
+        for name, (least, most) in _RANGES.items():
+            if getattr(self, name) is not None:
+                finite_number(getattr(self, name), name, least, most)
+        steps, most_steps = whole_number(self.num_inference_steps, "num_inference_steps"), self.grid.num_solver_steps
+        if not 1 <= steps <= most_steps:
+            raise ValueError(f"num_inference_steps must be from 1 to num_solver_steps={most_steps}; got {shortened(steps)}.")
 
     @property
     def grid(self) -> PhaseGrid:
@@ -128,9 +150,24 @@ class AdapterSettings:
             "bool": lambda v: v == "True",
             "tuple[int, ...]": lambda v: tuple(int(t) for t in v.split(",")),
         }
+        lacking = [HEADER_PREFIX + f.name for f in fields(cls) if f.default is MISSING and f.name not in found]
+        if lacking:
+            raise ValueError(
+                f"The adapter's header cannot be used: it has {HEADER_PREFIX}* entries, but no {', '.join(lacking)}."
+            )
+        values = {}
+        for f in fields(cls):
+            if f.name in found:
+                try:
+                    values[f.name] = readers[str(f.type)](found[f.name])  # type: ignore[operator]
+                except ValueError as error:
+                    said = f"{HEADER_PREFIX}{f.name} is {shortened(found[f.name])}"
+                    raise ValueError(
+                        f"The adapter's header cannot be used: {said}, which cannot be read as {f.type}."
+                    ) from error
         try:
-            return cls(**{f.name: readers[str(f.type)](found[f.name]) for f in fields(cls) if f.name in found})  # type: ignore[operator]
-        except (ValueError, TypeError) as error:
+            return cls(**values)
+        except ValueError as error:
             raise ValueError(f"The adapter's header cannot be used: {error}") from error
 
 
@@ -168,12 +205,13 @@ def read_settings(path: str | os.PathLike) -> AdapterSettings | None:
         FileNotFoundError: no such file.
         ValueError: not a safetensors file, or a header that cannot be used.
     """
+    with _opened(path) as file:
+        header = file.metadata() or {}
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-    stated = AdapterSettings.from_header(header) or published_settings(Path(path).name)
+        own = AdapterSettings.from_header(header)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    stated = own or published_settings(Path(path).name)
     return stated or published_settings(published_name(path) or "")
 
 
@@ -184,10 +222,44 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict
         FileNotFoundError: no such file.
         ValueError: not a safetensors file, or a truncated one.
     """
+    with _opened(path) as file:
+        return {key: _tensor(file, key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "I32", "I16", "I8", "U8", "BOOL")
+_MOST_DIMENSIONS = 8  # PyTorch counts and compares up to 64 and lays out any number, slowly; models have up to 5
+
+
+def _tensor(file: Any, key: str) -> torch.Tensor:
+    """One tensor of an open file; its shape is looked at first, as safetensors compares no more than its product.
+
+    Raises:
+        ValueError: a shape that no tensor can have, or a type that PyTorch cannot compute with; which.
+    """
+    part = file.get_slice(key)
+    shape, dtype = part.get_shape(), str(part.get_dtype())
+    if dtype not in _DTYPES:
+        raise ValueError(f"its tensor {shortened(key)} is of {dtype}, and weights are read of {', '.join(_DTYPES)}")
+    # with a 0 among them the others are bounded by nothing
+    if len(shape) > _MOST_DIMENSIONS or math.prod(max(size, 1) for size in shape) > 2**48:
+        raise ValueError(f"its tensor {shortened(key)} has the shape {shortened(tuple(shape))}, which no weight has")
+    return file.get_tensor(key)
+
+
+@contextmanager
+def _opened(path: str | os.PathLike) -> Iterator[Any]:
+    """A safetensors file; whatever is wrong with it inside is a ValueError with its name.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a folder, or not a safetensors file.
+    """
+    if os.path.isdir(path):
+        raise ValueError(f"{path} is a folder, not a safetensors file.")
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
+            yield file
+    except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
 
 
@@ -528,7 +600,7 @@ def inspect_adapter(path: str | os.PathLike) -> Inspection:
     if all(not parts["up"].any() for parts in lora.modules.values() if "up" in parts) and not lora.has_magnitudes:
         problems.append("Every module is zero: the adapter does nothing.")
     matrices = [tensor for parts in lora.modules.values() for part, tensor in parts.items() if part in ("down", "up")]
-    ranks = {parts["down"].shape[0] for parts in lora.modules.values() if "down" in parts}
+    ranks = {parts["down"].shape[0] for parts in lora.modules.values() if "down" in parts and parts["down"].ndim}
     return Inspection(
         lora.layouts,
         len(lora.modules),

@@ -16,13 +16,17 @@ ComfyUI (0.3.64) reads them but divides by the norm of the base weight, PEFT by 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+
+from .checks import parse_json, shortened
 
 FORMATS = ("kohya", "diffusers", "peft")  # that can be written; PEFT's names are diffusers'
 METADATA_KEY = "lora_adapter_metadata"  # diffusers' own, JSON of a peft.LoraConfig with prefixed entries
@@ -43,6 +47,7 @@ _DOTTED = re.compile(
     r"(?:unet\.|base_model\.model\.)*(.+?)(?:\.|_)"
     r"(lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?|lora\.down\.weight|lora\.up\.weight|alpha)"
 )
+_LONGEST_NAME = 512  # of a tensor; diffusers' have up to 130 letters, and reading one takes longer than it is long
 _PARTS = {
     "lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha", "dora_scale": "magnitude",
     "lora_A.weight": "down", "lora_B.weight": "up", "lora.down.weight": "down", "lora.up.weight": "up",
@@ -123,6 +128,10 @@ class LoraTensors:
             if down.ndim < 2 or up.ndim < 2 or up.shape[1] != down.shape[0]:
                 ranks = f"rank {down.shape[0]} and {up.shape[1]}" if min(down.ndim, up.ndim) > 1 else "not both are matrices"
                 found.append(f"The matrices of {name} do not fit: {ranks}.")
+            elif not (down.numel() and up.numel()):
+                found.append(f"A matrix of {name} is empty: {tuple(down.shape)} and {tuple(up.shape)}.")
+            elif not (down.is_floating_point() and up.is_floating_point()):
+                found.append(f"The matrices of {name} are not of floating-point numbers: {down.dtype} and {up.dtype}.")
             elif "magnitude" in parts and parts["magnitude"].shape != up.shape[:1]:
                 found.append(
                     f"The DoRA magnitudes of {name} are {tuple(parts['magnitude'].shape)}, not one for each of its "
@@ -147,6 +156,9 @@ def sort_tensors(tensors: Mapping[str, torch.Tensor], header: Mapping[str, str] 
     paths: dict[str, str] = {}
     layouts, strangers = set(), []
     for key, tensor in tensors.items():
+        if len(key) > _LONGEST_NAME:
+            strangers.append(f"{key[:40]}... of {len(key)} letters")
+            continue
         if match := _KOHYA.fullmatch(key):
             layouts.add("kohya")
             name = match[1]
@@ -163,7 +175,7 @@ def sort_tensors(tensors: Mapping[str, torch.Tensor], header: Mapping[str, str] 
         part = _PARTS[match[2]]
         modules.setdefault(name, {})[part] = _channel_vector(tensor) if part == "magnitude" else tensor
     if not any({"down", "up"} & parts.keys() for parts in modules.values()):
-        example = f", such as {min(tensors)}," if tensors else ""
+        example = f", such as {min(tensors)[:_LONGEST_NAME]}," if tensors else ""
         raise ValueError(
             f"holds no LoRA of a UNet: none of its {len(tensors)} tensors{example} is named as in kohya's or diffusers' layout."
         )
@@ -197,18 +209,57 @@ def _add_stated_alphas(
     if METADATA_KEY not in header:
         return
     try:
-        stated = {key.removeprefix("unet."): value for key, value in json.loads(header[METADATA_KEY]).items()}
-        default, patterns = stated.get("lora_alpha"), stated.get("alpha_pattern") or {}
+        stated = {key.removeprefix("unet."): value for key, value in parse_json(header[METADATA_KEY]).items()}
+        default, patterns = stated.get("lora_alpha"), _Patterns(stated.get("alpha_pattern") or {})
         for name, path in paths.items():
-            matching = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path))
-            alpha = next(matching, default)
-            if alpha is None or "down" not in modules[name]:
+            alpha = patterns.value(path, default)
+            parts = modules[name]
+            if alpha is None or "alpha" in parts or "down" not in parts or not parts["down"].ndim:
                 continue
             # rank-stabilised LoRA divides by the root of the rank
-            factor = modules[name]["down"].shape[0] ** 0.5 if stated.get("use_rslora") else 1.0
-            modules[name].setdefault("alpha", torch.tensor(float(alpha) * factor))
-    except (ValueError, TypeError, AttributeError, re.error) as error:
+            factor = parts["down"].shape[0] ** 0.5 if stated.get("use_rslora") else 1.0
+            if not math.isfinite(float(alpha) * factor):
+                raise ValueError(f"its alpha is {alpha}")
+            parts["alpha"] = torch.tensor(float(alpha) * factor)
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"has {METADATA_KEY} in its header that cannot be read: {error}") from error
+
+
+class _Patterns:
+    """PEFT's `alpha_pattern`: names of modules, or their endings, and values.
+
+    To PEFT they are regular expressions. One in a file may be such that matching it takes years, so what is taken here are
+    names, `^` before and `$` after them, dots that stand for themselves, and `.*`, which is what is written in practice.
+
+    Raises:
+        ValueError: a pattern with anything else in it, or too many with `.*`; which.
+    """
+
+    _MOST = 64  # with `.*`, each of which every module is compared with
+
+    def __init__(self, patterns: Mapping[str, Any]):
+        self._exact: dict[str, tuple[int, Any]] = {}  # by the whole path
+        self._endings: dict[str, tuple[int, Any]] = {}  # by its last parts
+        self._globs: list[tuple[tuple[str, ...], int, Any]] = []  # any of these forms
+        for number, (key, value) in enumerate(patterns.items()):
+            plain = key.removesuffix("$").removeprefix("^").replace("\\.", ".")
+            if not re.fullmatch(r"[\w.-]*", plain.replace(".*", "")):
+                raise ValueError(f"alpha_pattern {shortened(key)} is not a module's name, with `.*` for what may vary")
+            if ".*" in plain:
+                glob = plain.replace(".*", "*")
+                self._globs.append(((glob,) if key.startswith("^") else (glob, f"*.{glob}"), number, value))
+            (self._exact if key.startswith("^") else self._endings).setdefault(plain, (number, value))
+        if len(self._globs) > self._MOST:
+            raise ValueError(f"alpha_pattern has {len(self._globs)} entries with `.*`, more than {self._MOST}")
+
+    def value(self, path: str, default: Any) -> Any:
+        """Of the first pattern that a path matches."""
+        parts = path.split(".")
+        found = [self._endings.get(".".join(parts[i:])) for i in range(len(parts))] + [self._exact.get(path)]
+        for globs, number, value in self._globs:
+            if any(fnmatchcase(path, glob) for glob in globs):
+                found.append((number, value))
+        return min((entry for entry in found if entry), key=lambda entry: entry[0], default=(0, default))[1]
 
 
 def to_kohya(lora: LoraTensors) -> dict[str, torch.Tensor]:

@@ -13,8 +13,12 @@ from typing import NamedTuple
 
 import torch
 
+from .checks import finite_number, shortened
+
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+
+_LARGEST_BETA = 1e30  # above 1 other schedulers let pass, and so do these, with a warning; float32 ends at 3e38
 
 Level = float | torch.Tensor
 """An alpha or a sigma: a number, or a tensor that broadcasts against the samples."""
@@ -26,29 +30,34 @@ def make_betas(beta_schedule: str, beta_start: float, beta_end: float, num_train
     Args:
         beta_schedule: `linear`, `scaled_linear` (linear in sqrt(beta); Stable Diffusion) or `squaredcos_cap_v2`
             (Nichol and Dhariwal 2021, Eq. 17).
-        beta_start, beta_end: first and last beta; unused by `squaredcos_cap_v2`.
+        beta_start, beta_end: first and last beta, from 0; unused by `squaredcos_cap_v2`.
         num_train_timesteps: T.
 
     Returns:
         betas of shape (T,), float32, computed as diffusers does so that the tables agree bit for bit.
 
     Raises:
-        ValueError: unknown schedule.
+        ValueError: unknown schedule, or a beta that is none.
     """
+    check_beta_schedule(beta_schedule)
+    beta_start = finite_number(beta_start, "beta_start", 0, _LARGEST_BETA)
+    beta_end = finite_number(beta_end, "beta_end", 0, _LARGEST_BETA)
     if beta_schedule == "linear":
         return torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float32)
     if beta_schedule == "scaled_linear":
         return torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=torch.float32) ** 2
-    if beta_schedule == "squaredcos_cap_v2":
 
-        def alpha_bar(time: float) -> float:
-            return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+    def alpha_bar(time: float) -> float:
+        return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
 
-        ratios = (
-            alpha_bar((i + 1) / num_train_timesteps) / alpha_bar(i / num_train_timesteps) for i in range(num_train_timesteps)
-        )
-        return torch.tensor([min(1 - ratio, 0.999) for ratio in ratios], dtype=torch.float32)
-    raise ValueError(f"Unknown beta_schedule {beta_schedule!r}; choose one of {', '.join(BETA_SCHEDULES)}.")
+    ratios = (alpha_bar((i + 1) / num_train_timesteps) / alpha_bar(i / num_train_timesteps) for i in range(num_train_timesteps))
+    return torch.tensor([min(1 - ratio, 0.999) for ratio in ratios], dtype=torch.float32)
+
+
+def check_beta_schedule(beta_schedule: str) -> None:
+    """Raise ValueError unless the schedule is one of `BETA_SCHEDULES`."""
+    if beta_schedule not in BETA_SCHEDULES:
+        raise ValueError(f"Unknown beta_schedule {shortened(beta_schedule)}; choose one of {', '.join(BETA_SCHEDULES)}.")
 
 
 def rescale_zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
@@ -77,9 +86,14 @@ def make_alphas_cumprod(betas: torch.Tensor | Sequence[float]) -> torch.Tensor:
         shape (T,), float32.
 
     Raises:
-        ValueError: a beta is negative or not a finite number.
+        ValueError: they are no list of numbers, or one is negative or not finite.
     """
-    betas = torch.as_tensor(betas, dtype=torch.float32)
+    try:
+        betas = torch.as_tensor(betas, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"Betas must be a list of numbers; got {shortened(betas)}: {error}") from error
+    if betas.ndim != 1 or not len(betas):
+        raise ValueError(f"Betas must be a list of at least one number; got the shape {tuple(betas.shape)}.")
     bad = ~((betas >= 0) & betas.isfinite())  # also true for NaN
     outside = bad if bad.any() else betas > 1
     if outside.any():
@@ -109,7 +123,7 @@ class PredictionCoefficients(NamedTuple):
 def check_prediction_type(prediction_type: str) -> None:
     """Raise ValueError unless the type is one of `PREDICTION_TYPES`."""
     if prediction_type not in PREDICTION_TYPES:
-        raise ValueError(f"Unknown prediction_type {prediction_type!r}; choose one of {', '.join(PREDICTION_TYPES)}.")
+        raise ValueError(f"Unknown prediction_type {shortened(prediction_type)}; choose one of {', '.join(PREDICTION_TYPES)}.")
 
 
 def prediction_coefficients(prediction_type: str, alpha: Level, sigma: Level) -> PredictionCoefficients:

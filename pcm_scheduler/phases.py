@@ -6,6 +6,7 @@ at edges e_0 = 0 < e_1 < ... < e_M = N. A point n belongs to phase m when e_m < 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,10 +14,45 @@ from itertools import pairwise
 
 import torch
 
+from .checks import finite_number, shortened, whole_number
+
+MOST_TIMESTEPS = 1_000_000
+"""T of a grid, at most: a header may say any number, and tables are made of so many entries."""
+
 
 def _solver_steps_of(num_train_timesteps: int) -> list[int]:
     """Every N that divides T with N < T, ascending."""
-    return [n for n in range(1, num_train_timesteps) if num_train_timesteps % n == 0]
+    low = [n for n in range(1, math.isqrt(num_train_timesteps) + 1) if num_train_timesteps % n == 0]
+    return sorted({*low, *(num_train_timesteps // n for n in low)} - {num_train_timesteps})
+
+
+def _check_solver_grid(num_solver_steps: int, num_train_timesteps: int) -> tuple[int, int]:
+    """N and T as they are, for nothing may be made of so many points before they are known to be possible.
+
+    Raises:
+        ValueError: as `PhaseGrid`.
+    """
+    n, t = whole_number(num_solver_steps, "num_solver_steps"), whole_number(num_train_timesteps, "num_train_timesteps")
+    if t < 2:
+        raise ValueError(f"num_train_timesteps must be at least 2; got {shortened(t)}.")
+    if t > MOST_TIMESTEPS:
+        raise ValueError(f"num_train_timesteps must be at most {MOST_TIMESTEPS}; got {shortened(t)}.")
+    if not 1 <= n < t or t % n:
+        near = " or ".join(map(str, _nearest(n, _solver_steps_of(t))))
+        raise ValueError(
+            f"num_solver_steps={shortened(n)} puts no point at timestep {t - 1}, where sampling starts, or leaves no room "
+            f"between points: it must divide num_train_timesteps={t} and be smaller. The nearest possible: {near}."
+        )
+    return n, t
+
+
+def _whole_numbers(values: Sequence[int], name: str) -> tuple[int, ...]:
+    """Refuses what has no members, and members that are no whole numbers, such as those of a text."""
+    try:
+        members = tuple(values)
+    except TypeError as error:
+        raise ValueError(f"{name} must be a sequence of whole numbers; got {shortened(values)}.") from error
+    return tuple(whole_number(member, f"A member of {name}") for member in members)
 
 
 def _nearest(value: int, options: Sequence[int], count: int = 2) -> list[int]:
@@ -32,7 +68,10 @@ class PhaseGrid:
     Attributes:
         num_solver_steps: N; divides T, N < T, so that the top point is T - 1, where sampling starts.
         edge_indices: e_0..e_M as point numbers, strictly increasing from 0 to N.
-        num_train_timesteps: T.
+        num_train_timesteps: T, from 2 to `MOST_TIMESTEPS`.
+
+    Raises:
+        ValueError: a value that is no whole number, or N, T or the edges are none that go together; which are.
     """
 
     num_solver_steps: int
@@ -40,19 +79,12 @@ class PhaseGrid:
     num_train_timesteps: int = 1000
 
     def __post_init__(self) -> None:
-        n, t = self.num_solver_steps, self.num_train_timesteps
-        possible = _solver_steps_of(t)
-        if not possible:
-            raise ValueError(f"num_train_timesteps must be at least 2; got {t}.")
-        if n not in possible:
-            near = " or ".join(map(str, _nearest(n, possible)))
-            raise ValueError(
-                f"num_solver_steps={n} puts no point at timestep {t - 1}, where sampling starts, or leaves no room between "
-                f"points: it must divide num_train_timesteps={t} and be smaller. The nearest possible: {near}."
-            )
-        edges = self.edge_indices
+        n, t = _check_solver_grid(self.num_solver_steps, self.num_train_timesteps)
+        edges = _whole_numbers(self.edge_indices, "edge_indices")
         if len(edges) < 2 or edges[0] != 0 or edges[-1] != n or any(a >= b for a, b in pairwise(edges)):
-            raise ValueError(f"Edges must increase strictly from point 0 to point {n}; got {edges}.")
+            raise ValueError(f"Edges must increase strictly from point 0 to point {n}; got {shortened(edges)}.")
+        for name, value in (("num_solver_steps", n), ("num_train_timesteps", t), ("edge_indices", edges)):
+            object.__setattr__(self, name, value)  # Python's own numbers, from whichever type they came
 
     @classmethod
     def even(cls, num_phases: int, num_solver_steps: int = 50, num_train_timesteps: int = 1000) -> PhaseGrid:
@@ -61,13 +93,14 @@ class PhaseGrid:
         Raises:
             ValueError: M is not in 1..N, or N does not divide T; the message names the nearest possible values.
         """
-        if not 1 <= num_phases <= num_solver_steps:
+        n, t = _check_solver_grid(num_solver_steps, num_train_timesteps)
+        phases = whole_number(num_phases, "num_phases")
+        if not 1 <= phases <= n:
             raise ValueError(
-                f"num_phases={num_phases} cannot be cut from num_solver_steps={num_solver_steps} points; "
-                f"the nearest possible: {min(max(num_phases, 1), max(num_solver_steps, 1))}."
+                f"num_phases={shortened(phases)} cannot be cut from num_solver_steps={n} points; "
+                f"the nearest possible: {min(max(phases, 1), n)}."
             )
-        edges = tuple(m * num_solver_steps // num_phases for m in range(num_phases + 1))
-        return cls(num_solver_steps, edges, num_train_timesteps)
+        return cls(n, tuple(m * n // phases for m in range(phases + 1)), t)
 
     @classmethod
     def from_timesteps(
@@ -85,21 +118,22 @@ class PhaseGrid:
                 nearest points.
         """
         grid = cls.even(1, num_solver_steps, num_train_timesteps)
-        indices = {0}
-        for edge in phase_edges:
-            if edge not in grid.timesteps:
+        edges = _whole_numbers(phase_edges, "phase_edges")
+        points = {timestep: n for n, timestep in enumerate(grid.timesteps)}
+        for edge in edges:
+            if edge not in points:
                 near = " or ".join(map(str, _nearest(edge, grid.timesteps)))
                 raise ValueError(
-                    f"Phase edge {edge} is not a point of the grid of {num_solver_steps} solver steps; the nearest are {near}."
+                    f"Phase edge {shortened(edge)} is not a point of the grid of {num_solver_steps} solver steps; the nearest "
+                    f"are {near}."
                 )
-            indices.add(grid.timesteps.index(edge))
-        if len(set(phase_edges)) != len(phase_edges):
-            raise ValueError(f"Phase edges are repeated: {list(phase_edges)}.")
-        if num_solver_steps not in indices:
+        if len(set(edges)) != len(edges):
+            raise ValueError(f"Phase edges are repeated: {shortened(list(edges))}.")
+        if grid.timesteps[-1] not in edges:
             raise ValueError(
-                f"Phase edges must contain {num_train_timesteps - 1}, where sampling starts; got {list(phase_edges)}."
+                f"Phase edges must contain {num_train_timesteps - 1}, where sampling starts; got {shortened(list(edges))}."
             )
-        return cls(num_solver_steps, tuple(sorted(indices)), num_train_timesteps)
+        return cls(num_solver_steps, tuple(sorted({0, *(points[edge] for edge in edges)})), num_train_timesteps)
 
     @property
     def num_phases(self) -> int:
@@ -136,9 +170,10 @@ class PhaseGrid:
         Raises:
             ValueError: strength is not in (0, 1].
         """
-        if not 0 < strength <= 1:
+        share = finite_number(strength, "strength")
+        if not 0 < share <= 1:
             raise ValueError(f"strength must be in (0, 1]; got {strength}.")
-        return max(1, int(strength * self.num_solver_steps + 0.5))
+        return max(1, int(share * self.num_solver_steps + 0.5))
 
     def stops(self, num_inference_steps: int, strength: float = 1.0) -> tuple[int, ...]:
         """The points from which K sampling steps start, strictly decreasing; the last step ends at sigma 0.
@@ -157,22 +192,24 @@ class PhaseGrid:
         Raises:
             ValueError: K or strength out of range.
         """
-        start, k = self.start_point(strength), num_inference_steps
+        start, k = self.start_point(strength), whole_number(num_inference_steps, "num_inference_steps")
         if not 1 <= k <= start:
             where = "" if start == self.num_solver_steps else f" at strength {strength}"
             raise ValueError(
-                f"num_inference_steps={k} is outside the grid: {self.num_solver_steps} solver steps allow 1 to {start}{where}."
+                f"num_inference_steps={shortened(k)} is outside the grid: {self.num_solver_steps} solver steps allow 1 to "
+                f"{start}{where}."
             )
         edges = [*(e for e in self.edge_indices if e < start), start]
         m = len(edges) - 1
         if k < m:
             return tuple(edges[(2 * m * (k - j) + k) // (2 * k)] for j in range(k))
         lengths = [b - a for a, b in pairwise(edges)]
-        steps = [0] * m
-        while sum(steps) < k:  # one round gives a step to each phase that has room, the noisiest first
-            for i in reversed(range(m)):
-                if steps[i] < lengths[i] and sum(steps) < k:
-                    steps[i] += 1
+        steps, left, roomy = [0] * m, k, list(reversed(range(m)))
+        while left:  # one round gives a step to each phase that has room, the noisiest first
+            roomy = [i for i in roomy if steps[i] < lengths[i]]
+            for i in roomy[:left]:
+                steps[i] += 1
+            left -= len(roomy[:left])
         cuts = [e + j * length // q for e, length, q in zip(edges, lengths, steps, strict=False) for j in range(q)]
         return (start, *reversed(cuts[1:]))
 

@@ -14,6 +14,7 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from .checks import shortened
 from .noise_schedule import (
     Level,
     alphas_and_sigmas,
@@ -116,21 +117,24 @@ class PCMScheduler(SchedulerMixin, ConfigMixin):
             self._state_defaults()
         check_prediction_type(prediction_type)
         if final_sigmas_type not in FINAL_SIGMAS_TYPES:
-            raise ValueError(f"Unknown final_sigmas_type {final_sigmas_type!r}; choose one of {', '.join(FINAL_SIGMAS_TYPES)}.")
-        if trained_betas is not None:
-            betas = torch.as_tensor(trained_betas, dtype=torch.float32)
-        else:
-            betas = make_betas(beta_schedule, beta_start, beta_end, num_train_timesteps)
-        self.alphas_cumprod = make_alphas_cumprod(betas)
-        if rescale_betas_zero_snr:
-            betas = rescale_zero_terminal_snr(betas)
-            self.alphas_cumprod = make_alphas_cumprod(betas)
-        self.betas = betas
-        self.grid = (
+            raise ValueError(
+                f"Unknown final_sigmas_type {shortened(final_sigmas_type)}; choose one of {', '.join(FINAL_SIGMAS_TYPES)}."
+            )
+        self.grid = (  # first: it refuses numbers of timesteps that no table should be made of
             PhaseGrid.even(num_phases, num_solver_steps, num_train_timesteps)
             if phase_edges is None
             else PhaseGrid.from_timesteps(phase_edges, num_solver_steps, num_train_timesteps)
         )
+        if trained_betas is not None:
+            self.alphas_cumprod = make_alphas_cumprod(trained_betas)
+            betas = torch.as_tensor(trained_betas, dtype=torch.float32)
+        else:
+            betas = make_betas(beta_schedule, beta_start, beta_end, num_train_timesteps)
+            self.alphas_cumprod = make_alphas_cumprod(betas)
+        if rescale_betas_zero_snr:
+            betas = rescale_zero_terminal_snr(betas)
+            self.alphas_cumprod = make_alphas_cumprod(betas)
+        self.betas = betas
         if timesteps is not None:
             starts = self.grid.timesteps[1:]  # from timestep 0, where training ends, no step starts
             off = [t for t in self._check_timesteps(timesteps) if t not in starts]
@@ -281,13 +285,16 @@ class PCMScheduler(SchedulerMixin, ConfigMixin):
         return torch.stack([a, b, c, d, p, q, next_sigma], dim=1)
 
     def _check_timesteps(self, timesteps: Sequence[int] | torch.Tensor) -> list[int]:
-        values = timesteps.tolist() if isinstance(timesteps, torch.Tensor) else list(timesteps)
-        stops = [int(t) for t in values]
         top = len(self) - 1
+        try:
+            values = timesteps.tolist() if isinstance(timesteps, torch.Tensor) else list(timesteps)
+            stops = [int(t) for t in values]
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"timesteps must be integers from {top} to 0; got {shortened(timesteps)}.") from error
         if not stops or stops != values or not all(0 <= t <= top for t in stops):
-            raise ValueError(f"timesteps must be integers from {top} to 0; got {values}.")
+            raise ValueError(f"timesteps must be integers from {top} to 0; got {shortened(values)}.")
         if any(b >= a for a, b in pairwise(stops)):
-            raise ValueError(f"timesteps must decrease strictly; got {stops}.")
+            raise ValueError(f"timesteps must decrease strictly; got {shortened(stops)}.")
         return stops
 
     def index_for_timestep(self, timestep: int | torch.Tensor, schedule_timesteps: torch.Tensor | None = None) -> int:

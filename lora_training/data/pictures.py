@@ -11,12 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin
 
 from ..config import DataConfig
 from .sources import Record
 
 Size = tuple[int, int]  # height, width
+_MOST_COVERING = 2**26
+"""Pixels of a picture once it covers its size. One of 1 x 100000 would be scaled to 50 million on its long side."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,16 @@ def nearest_bucket(size: Size, sizes: Sequence[Size]) -> Size:
 
 @contextmanager
 def opened(record: Record) -> Iterator[Image.Image]:
-    """The record's file through PIL; ValueError, with the record's name, for whatever goes wrong inside."""
+    """The record's file through PIL; ValueError, with the record's name, for whatever goes wrong inside.
+
+    PIL refuses pictures of more than twice `Image.MAX_IMAGE_PIXELS` by their heads, before anything is decoded.
+    """
     try:
         with Image.open(io.BytesIO(record.content) if isinstance(record.content, bytes) else record.content) as file:
+            if file.format == "EPS":
+                raise ValueError("it is PostScript, a program that PIL would run")
             yield file
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # of broken files PIL's readers raise whatever struct, zlib and look-ups do
         raise ValueError(f"{record.name} cannot be read as a picture: {error}") from error
 
 
@@ -82,8 +89,14 @@ def upright_size(record: Record) -> Size:
         ValueError: the file is not a picture.
     """
     with opened(record) as file:
-        turned = file.getexif().get(0x0112, 1) >= 5  # EXIF orientations that lie on their side
-        return (file.width, file.height) if turned else (file.height, file.width)
+        turned = file.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF orientations that lie on their side
+        width, height = file.size
+        if isinstance(file, TiffImagePlugin.TiffImageFile):  # whose size newer versions of PIL have turned already
+            width, height = file.tag_v2[256], file.tag_v2[257]
+        size = (width, height) if turned else (height, width)
+        if min(size) < 1:
+            raise ValueError(f"it is {size[0]} x {size[1]} pixels")
+        return size
 
 
 def load_picture(record: Record, size: Size, config: DataConfig) -> Picture:
@@ -113,6 +126,11 @@ def framed(frames: Iterable[Image.Image], name: str, size: Size, config: DataCon
             found = frame.height, frame.width
             scale = max(height / frame.height, width / frame.width)
             covering = (max(round(frame.width * scale), width), max(round(frame.height * scale), height))
+            if math.prod(covering) > _MOST_COVERING:
+                raise ValueError(
+                    f"it is {frame.height} x {frame.width} pixels: scaled to cover {height} x {width} it would be "
+                    f"{covering[1]} x {covering[0]}. Crop it."
+                )
             spare_left, spare_top = covering[0] - width, covering[1] - height
             if config.crop == "random":
                 draw = generator_of_name(name)
@@ -133,7 +151,8 @@ def framed(frames: Iterable[Image.Image], name: str, size: Size, config: DataCon
 
 def generator_of_name(name: str) -> np.random.Generator:
     """Draws the same for a record whenever it is read."""
-    return np.random.default_rng(list(hashlib.sha256(name.encode()).digest()))
+    # names of files may be no UTF-8, which Python has as half characters
+    return np.random.default_rng(list(hashlib.sha256(name.encode(errors="surrogatepass")).digest()))
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
@@ -145,7 +164,10 @@ def rgb(image: Image.Image) -> Image.Image:
     """8 bits a channel, transparency on white."""
     if image.mode.startswith(("I", "F")):  # 16 bits and more: PIL's own conversion clips them to white
         values = np.asarray(image, dtype=np.float64)
-        image = Image.fromarray((values / (65535 if values.max() > 255 else 255) * 255).clip(0, 255).astype(np.uint8))
+        if not np.isfinite(values).all():
+            raise ValueError("it has pixels that are not finite numbers")
+        white = 65535 if values.max() > 255 else 1 if image.mode == "F" and values.max() <= 1 else 255
+        image = Image.fromarray((values / white * 255).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

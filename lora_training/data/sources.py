@@ -6,17 +6,20 @@ can be counted and named.
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Iterator
+import tarfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol, cast
+
+from pcm_scheduler.checks import shortened
 
 from ..config import DataConfig
+from ..text import decoded, json_in, json_lines, words
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 CLIP_SUFFIXES = {".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif", ".webp"}
@@ -142,7 +145,8 @@ class Folder:
 
     def _find(self) -> Iterator[Record]:
         files = sorted(self._folder.rglob("*"))
-        captions = {p: text for file in files if file.name == "metadata.jsonl" for p, text in _metadata(file).items()}
+        told = [file for file in files if file.name == "metadata.jsonl" and file.is_file()]
+        captions = {path: record for file in told for path, record in _metadata(file)}
         suffixes, noun = (CLIP_SUFFIXES, "clips") if self._clips else (SUFFIXES, "pictures")
         found = clips_in(self._folder) if self._clips else [p for p in files if p.suffix.lower() in suffixes and p.is_file()]
         if not found:
@@ -150,20 +154,21 @@ class Folder:
             if self._clips and frames_in(self._folder):
                 hint = " It holds numbered pictures: give the folder that this folder is in, or leave data.clips out."
             raise ValueError(f"{self._folder} holds no {noun}; looked for {', '.join(sorted(suffixes))}.{hint}")
+        known = set(found)
         for path in captions:
             if not path.is_relative_to(self._folder) or ".." in path.relative_to(self._folder).parts:
                 yield Record(str(path), problem="is named in metadata.jsonl but is outside of its folder")
-            elif not path.exists():
+            elif path not in known and not _is_file(path):
                 yield Record(str(path), problem="is named in metadata.jsonl but is not there")
         for path in found:
-            words = path.with_name(f"{path.name}.txt") if path.is_dir() else path.with_suffix(".txt")
+            caption = path.with_name(f"{path.name}.txt") if path.is_dir() else path.with_suffix(".txt")
             if path in captions:
-                yield Record(str(path), path, captions[path])
-            elif words.is_file():
+                yield captions[path]
+            elif caption.is_file():
                 try:
-                    yield Record(str(path), path, words.read_text(encoding="utf-8").strip())
-                except UnicodeDecodeError as error:
-                    yield Record(str(words), problem=f"is not UTF-8 text: {error}")
+                    yield Record(str(path), path, decoded(caption.read_bytes()))
+                except ValueError as error:
+                    yield Record(str(caption), problem=str(error))
             else:
                 yield Record(str(path), problem="has no caption: no .txt beside it, no entry in a metadata.jsonl")
 
@@ -179,20 +184,28 @@ class Folder:
         return iter(self._records)
 
 
-def _metadata(file: Path) -> dict[Path, str]:
-    captions = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
+def _is_file(path: Path) -> bool:
+    """`Path.is_file`, for names that no file can have too."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _metadata(file: Path) -> Iterator[tuple[Path, Record]]:
+    """What the lines of a metadata.jsonl say, and of which files.
+
+    Raises:
+        ValueError: a line that is not such an object; which.
+    """
+    for where, entry in json_lines(file):
+        if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str) or not {"text", "caption"} & entry.keys():
+            raise ValueError(f'{where} is not an object like {{"file_name": "a.png", "text": "words"}}: {shortened(entry)}')
+        path, key = file.parent / os.path.normpath(entry["file_name"]), "text" if "text" in entry else "caption"
         try:
-            entry = json.loads(line)
-            caption = entry["text"] if "text" in entry else entry["caption"]
-            captions[file.parent / os.path.normpath(entry["file_name"])] = str(caption).strip()
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f'{file}, line {number}, is not an object like {{"file_name": "a.png", "text": "words"}}: {error}'
-            ) from error
-    return captions
+            yield path, Record(str(path), path, words(entry[key]))
+        except ValueError as error:
+            yield path, Record(str(path), path, problem=f"has no caption that can be used: its {key} {error}")
 
 
 class TarShards:
@@ -227,7 +240,7 @@ class TarShards:
         return None
 
     def __iter__(self) -> Iterator[Record]:
-        from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander, url_opener
+        from webdataset.tariterators import base_plus_ext, group_by_keys, url_opener
 
         problems: list[Record] = []
         url = ""
@@ -238,13 +251,13 @@ class TarShards:
             return True
 
         def members() -> Iterator[dict[str, Any]]:
-            for member in tar_file_expander(url_opener(iter([{"url": url}]), handler=note), handler=note):
-                name = member.get("fname", "")
-                suffix = "." + (base_plus_ext(name)[1] or "").lower()
-                if not name or suffix in self._suffixes or suffix in (".txt", ".json"):  # no name: the shard's end
-                    yield member
-                elif suffix != ".cls":  # class numbers are usual beside captions
-                    problems.append(Record(f"{url}: {name}", problem=f"is neither a {self._noun} nor a caption"))
+            for opened in url_opener(iter([{"url": url}]), handler=note):
+                for name, content in _tar_members(opened["stream"], note):
+                    suffix = "." + (base_plus_ext(name)[1] or "").lower()
+                    if suffix in self._suffixes or suffix in (".txt", ".json"):
+                        yield {"fname": name, "data": content, "__url__": url}
+                    elif suffix != ".cls":  # class numbers are usual beside captions
+                        problems.append(Record(f"{url}: {name}", problem=f"is neither a {self._noun} nor a caption"))
 
         for url in self._urls:
             for sample in group_by_keys(members(), handler=note):
@@ -259,19 +272,83 @@ class TarShards:
     def _record_of(self, sample: dict[str, Any], url: str) -> Record:
         name = f"{url}: {sample['__key__']}"
         content = next((v for k, v in sample.items() if f".{k}" in self._suffixes), None)
+        caption: str | None
         try:
             if "txt" in sample:
-                caption = sample["txt"].decode("utf-8")
+                caption = decoded(sample["txt"])
             else:
-                entry = json.loads(sample.get("json", b"{}"))
-                caption = next((entry[key] for key in CAPTION_NAMES if isinstance(entry.get(key), str)), None)
-        except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+                entry = json_in(sample.get("json", b"{}"), "its .json")
+                stated = entry if isinstance(entry, dict) else {}
+                caption = next((words(stated[key]) for key in CAPTION_NAMES if isinstance(stated.get(key), str)), None)
+        except ValueError as error:
             return Record(name, problem=f"has a caption that cannot be read: {error}")
         if content is None:
             return Record(name, problem=f"has no {self._noun}")
         if caption is None:
             return Record(name, problem="has no caption: no .txt, no .json with text or caption")
-        return Record(name, content, caption.strip())
+        return Record(name, content, caption)
+
+
+_LARGEST_MEMBER = 2**31
+"""Bytes of a member that is read. A compressed or sparse tar of a few kilobytes may say, and hold, any number of them."""
+_EXTENDED = (
+    tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
+)  # fmt: skip
+_LARGEST_EXTENDED = 2**20
+"""Bytes of a long name or the like, which tarfile reads before anybody can look at the member."""
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header, whose size is looked at before anything of that size is read."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
+        found = super().frombuf(buf, encoding, errors)
+        most = _LARGEST_EXTENDED if found.type in _EXTENDED else found.size
+        if not 0 <= found.size <= most:
+            raise tarfile.ReadError(f"a header before {found.name[:100]!r} says that it is {found.size} bytes long")
+        return found
+
+
+class _Ending:
+    """A stream that says when it is read on and on beyond its end, as tarfile does to skip a member of any size it is told."""
+
+    _MOST = 100  # empty answers in a row; a few are usual
+
+    def __init__(self, stream: IO[bytes]):
+        self._stream, self._empty = stream, 0
+
+    def read(self, size: int = -1) -> bytes:
+        content = self._stream.read(size)
+        self._empty = 0 if content else self._empty + 1
+        if self._empty > self._MOST:
+            raise EOFError("it ends before the end of a file in it")
+        return content
+
+
+def _tar_members(stream: IO[bytes], note: Callable[[Exception], bool]) -> Iterator[tuple[str, bytes]]:
+    """The name and the content of every file in a tar, which may be compressed.
+
+    Args:
+        stream: of its bytes.
+        note: is told what cannot be read; where the tar itself is broken, that ends it.
+    """
+    try:
+        with tarfile.open(fileobj=cast(IO[bytes], _Ending(stream)), mode="r|*", tarinfo=_Header) as tar:
+            for member in tar:
+                tar.members = []  # type: ignore[attr-defined]  # or it keeps them all
+                if not member.isreg() or re.match(r"__[^/]*__($|/)", member.name):  # webdataset's own files
+                    continue
+                if member.sparse is not None or member.size > _LARGEST_MEMBER:  # its holes would be filled in
+                    note(ValueError(f"{member.name!r} of {member.size} bytes is sparse or too large"))
+                    continue
+                file = tar.extractfile(member)
+                content = file.read() if file else b""
+                if len(content) < member.size:
+                    raise tarfile.ReadError(f"{member.name!r} is cut off")
+                yield member.name, content
+    except Exception as error:  # tarfile and the decompressors raise whatever int(), zlib and deep recursion do
+        note(error)
 
 
 def _is_cut_off(path: Path) -> bool:
@@ -333,7 +410,8 @@ class Table:
             content = picture and (picture["bytes"] or (Path(picture["path"]) if picture["path"] else None))
             if not content:
                 yield Record(name, problem=f"has no {self._noun}")
-            elif not isinstance(caption, str):
-                yield Record(name, problem=f"has no caption: {self._caption} is {caption!r}")
             else:
-                yield Record(name, content, caption.strip())
+                try:
+                    yield Record(name, content, words(caption))
+                except ValueError as error:
+                    yield Record(name, problem=f"has no caption: {self._caption} {error}")

@@ -11,9 +11,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from jsonargparse import ArgumentParser
-
 from ..files import CannotWrite
+from ..settings_parser import SettingsParser
 from .config import EvaluationConfig
 from .report import write_report
 from .run import Evaluation
@@ -25,14 +24,18 @@ def config_first(arguments: Sequence[str]) -> list[str]:
 
 
 def parse(arguments: list[str] | None = None) -> EvaluationConfig:
-    """Configuration file and overrides; exits with a message that names the bad setting."""
+    """Configuration file and overrides; exits with a message that names the bad setting.
+
+    Raises:
+        ValueError: settings that are of the right kind and do not go together.
+    """
     usage = "%(prog)s CONFIG.yaml [settings]"
-    parser = ArgumentParser(prog="python -m lora_training.evaluation", usage=usage, description=__doc__)
+    parser = SettingsParser(prog="python -m lora_training.evaluation", usage=usage, description=__doc__)
     parser.add_argument(
         "--config", action="config", help="a YAML file with the settings below; may come first without this name"
     )
     parser.add_class_arguments(EvaluationConfig)
-    settings = vars(parser.instantiate(parser.parse_args(config_first(sys.argv[1:] if arguments is None else arguments))))
+    settings = parser.settings(EvaluationConfig, config_first(sys.argv[1:] if arguments is None else arguments))
     settings.pop("config")
     return EvaluationConfig(**settings)
 

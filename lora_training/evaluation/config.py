@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..config import ClipConfig, ModelConfig
+from ..config import ClipConfig, ModelConfig, check_finite_settings
 from .alignment import ScorerConfig
 from .features import FeatureConfig
 from .methods import MethodConfig
@@ -198,6 +198,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is loaded."""
+        check_finite_settings(self)
         if not self.methods:
             raise ValueError("methods: name at least one to evaluate.")
         self._check_clips()

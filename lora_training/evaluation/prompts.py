@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
+
+from pcm_scheduler.checks import shortened
+
+from ..text import json_in, json_lines, read_text, words
 
 _KEYS = ("prompt", "caption", "text", "Prompt")
 
@@ -22,24 +26,10 @@ def read_prompts(path: str, count: int = 0) -> list[str]:
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"prompts: there is no file {path}.")
-    text = file.read_text(encoding="utf-8")
-    if file.suffix == ".txt":
-        found = [line.strip() for line in text.splitlines() if line.strip()]
-    elif file.suffix == ".jsonl":
-        found = [_prompt_of(json.loads(line), path) for line in text.splitlines() if line.strip()]
-    elif file.suffix == ".json":
-        content = json.loads(text)
-        if isinstance(content, dict) and "annotations" in content:
-            first: dict[object, str] = {}
-            for row in content["annotations"]:
-                first.setdefault(row["image_id"], row["caption"].strip())
-            found = list(first.values())
-        elif isinstance(content, list):
-            found = [_prompt_of(row, path) for row in content]
-        else:
-            raise ValueError(f"prompts: {path} is neither a list nor COCO's captions.")
-    else:
-        raise ValueError(f"prompts: {path} must be .txt, .jsonl or .json.")
+    try:
+        found = _found_in(file)
+    except ValueError as error:
+        raise ValueError(f"prompts: {error}") from error
     if len(found) < max(count, 1):
         raise ValueError(f"prompts: {path} has {len(found)}, and count is {count}.")
     return found[: count or None]
@@ -54,17 +44,50 @@ def read_pairs(path: str) -> list[tuple[str, str]]:
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"negative.pairs: there is no file {path}.")
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    for row in rows:
-        if not isinstance(row, dict) or not {"prompt", "thing"} <= row.keys():
-            raise ValueError(f"negative.pairs: a line of {path} has no prompt or no thing: {str(row)[:80]}")
-    return [(row["prompt"], row["thing"]) for row in rows]
+    pairs = []
+    try:
+        for where, row in json_lines(file):
+            if not isinstance(row, dict) or not {"prompt", "thing"} <= row.keys():
+                raise ValueError(f"{where} has no prompt or no thing: {shortened(row, 80)}")
+            pairs.append((_words(row["prompt"], f"the prompt of {where}"), _words(row["thing"], f"the thing of {where}")))
+    except ValueError as error:
+        raise ValueError(f"negative.pairs: {error}") from error
+    return pairs
 
 
-def _prompt_of(row: object, path: str) -> str:
+def _found_in(file: Path) -> list[str]:
+    if file.suffix == ".txt":
+        return [line.strip() for line in read_text(file).splitlines() if line.strip()]
+    if file.suffix == ".jsonl":
+        return [_prompt_of(row, where) for where, row in json_lines(file)]
+    if file.suffix != ".json":
+        raise ValueError(f"{file} must be .txt, .jsonl or .json.")
+    content = json_in(read_text(file), file)
+    if isinstance(content, list):
+        return [_prompt_of(row, f"entry {number} of {file}") for number, row in enumerate(content)]
+    rows = content.get("annotations") if isinstance(content, dict) else None
+    if not isinstance(rows, list):
+        raise ValueError(f"{file} is neither a list nor COCO's captions.")
+    first: dict[str, str] = {}
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict) or not {"image_id", "caption"} <= row.keys():
+            raise ValueError(f"annotation {number} of {file} has no image_id or no caption: {shortened(row, 80)}")
+        # as text, for a number and a name are both usual, and a list is possible
+        first.setdefault(repr(row["image_id"]), _words(row["caption"], f"the caption of annotation {number} of {file}"))
+    return list(first.values())
+
+
+def _words(value: Any, where: str) -> str:
+    try:
+        return words(value)
+    except ValueError as error:
+        raise ValueError(f"{where} {error}") from error
+
+
+def _prompt_of(row: object, where: str) -> str:
     if isinstance(row, str):
-        return row
+        return _words(row, where)
     for key in _KEYS:
         if isinstance(row, dict) and isinstance(row.get(key), str):
-            return row[key]
-    raise ValueError(f"prompts: a row of {path} has none of {', '.join(_KEYS)}: {str(row)[:80]}")
+            return _words(row[key], where)
+    raise ValueError(f"{where} has none of {', '.join(_KEYS)}: {shortened(row, 80)}")

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse import ArgumentParser
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -33,6 +32,7 @@ from pcm_scheduler.phases import PhaseGrid
 from pcm_scheduler.time_search import Timesteps, search_timesteps
 
 from ..files import CannotWrite, write_text
+from ..settings_parser import SettingsParser
 from .__main__ import config_first
 from .alignment import mean_score
 from .config import EvaluationConfig
@@ -332,10 +332,9 @@ def text_of(report: Row, path: Path) -> str:
 def parse(arguments: list[str] | None = None) -> SearchConfig:
     """Configuration file, settings and overrides; exits with a message that names the bad setting."""
     usage = "%(prog)s CONFIG.yaml --steps STEPS (--method METHOD | --adapter FILE) [settings]"
-    parser = ArgumentParser(prog="python -m lora_training.evaluation.search", usage=usage, description=__doc__)
+    parser = SettingsParser(prog="python -m lora_training.evaluation.search", usage=usage, description=__doc__)
     parser.add_class_arguments(SearchConfig)
-    given = parser.parse_args(config_first(sys.argv[1:] if arguments is None else arguments))
-    return SearchConfig(**vars(parser.instantiate(given)))
+    return SearchConfig(**parser.settings(SearchConfig, config_first(sys.argv[1:] if arguments is None else arguments)))
 
 
 def main() -> None:

@@ -1,0 +1,109 @@
+"""A YAML file and a command line into typed settings; what is wrong with them is said in a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any, get_args, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
+
+from pcm_scheduler.checks import shortened
+
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the first is faster, and not there everywhere
+_MOST_LAYERS = 50
+_MOST_LETTERS = 2**20
+_LONGEST_MESSAGE = 4000
+
+
+class SettingsParser(ArgumentParser):
+    """jsonargparse's, for text from anywhere: broken YAML, aliases that multiply, groups that are none, numbers too large."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**({"parser_mode": _MODE} | options))  # parsers of groups are told theirs
+
+    def settings(self, config: type, arguments: list[str] | None) -> dict[str, Any]:
+        """The arguments that `config`, whose own are added to this parser, is to be made with, groups as dataclasses.
+
+        Exits with a message that names the bad setting.
+
+        Raises:
+            ValueError: of a group's own `__post_init__`.
+        """
+        try:
+            parsed = self.parse_args(arguments)
+        except UnicodeDecodeError as error:
+            self.error(f"The configuration is not UTF-8 text: {error}")
+        except OverflowError as error:
+            self.error(f"A number is too large: {error}")
+        for name, value in _groups(config, parsed):
+            if not isinstance(value, (Namespace, dict)):
+                self.error(f"{name} is a group of settings, `{name}: {{...}}`; got {shortened(value)}.")
+        return dict(vars(self.instantiate(parsed)))
+
+    def error(self, message: str, ex: Exception | None = None) -> None:
+        """Exit; of a message that repeats what it was told at length, with its beginning and its end."""
+        if len(message) > _LONGEST_MESSAGE:
+            message = f"{message[: _LONGEST_MESSAGE // 2]}\n...\n{message[-_LONGEST_MESSAGE // 2 :]}"
+        super().error(message, ex)
+
+
+def _groups(config: type, parsed: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every group that must be there, and the groups in it, by name."""
+    kinds = get_type_hints(config)
+    for item in fields(config):
+        kind = kinds[item.name]
+        if is_dataclass(kind) and not get_args(kind) and isinstance(kind, type):
+            value = parsed.get(item.name)
+            yield prefix + item.name, value
+            if isinstance(value, (Namespace, dict)):
+                yield from _groups(kind, value, f"{prefix}{item.name}.")
+
+
+def load_yaml(text: str) -> Any:
+    """Plain YAML, as jsonargparse loads it.
+
+    Raises:
+        yaml.YAMLError: it is none, a scalar is not what its tag says, or it is too deep, or too large with its aliases written
+            out.
+    """
+    _check_size(text)
+    try:
+        return get_loader("yaml")(text)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # PyYAML's, of `!!bool x`
+        raise yaml.YAMLError(f"a value is not of the kind that it seems to be: {error}") from error
+
+
+def _check_size(text: str) -> None:
+    """Before anything is made of it: loading follows merges, and printing follows aliases, however many they come to."""
+    if len(text) > _MOST_LETTERS:
+        raise yaml.YAMLError(f"it has {len(text)} letters; a configuration has at most {_MOST_LETTERS}")
+    known: dict[str, int] = {}  # letters of what has an anchor
+    open_: list[tuple[str | None, int]] = [(None, 0)]
+    for event in yaml.parse(text, Loader=_LOADER):
+        if isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
+            open_.append((event.anchor, 1))
+            if len(open_) > _MOST_LAYERS:
+                raise yaml.YAMLError(f"it is nested in more than {_MOST_LAYERS} layers")
+            continue
+        if isinstance(event, yaml.ScalarEvent):
+            anchor, size = event.anchor, 1 + len(event.value)
+        elif isinstance(event, yaml.AliasEvent):
+            if event.anchor not in known:
+                raise yaml.YAMLError(f"its alias *{event.anchor} means nothing before it, or what it is in")
+            anchor, size = None, known[event.anchor]
+        elif isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
+            anchor, size = open_.pop()
+        else:
+            continue
+        if anchor is not None:
+            known[anchor] = size
+        around, before = open_[-1]
+        open_[-1] = (around, before + size)
+        if before + size > _MOST_LETTERS:
+            raise yaml.YAMLError(f"it has more than {_MOST_LETTERS} letters when its aliases are written out")
+
+
+_MODE = "plain_yaml"
+set_loader(_MODE, load_yaml, (yaml.YAMLError,))
