@@ -163,7 +163,7 @@ class Folder:
                 yield captions[path]
             elif caption.is_file():
                 try:
-                    yield Record(str(path), path, decoded(caption.read_bytes()))
+                    yield Record(str(path), path, words(decoded(caption.read_bytes())))
                 except ValueError as error:
                     yield Record(str(caption), problem=str(error))
             else:
@@ -279,7 +279,7 @@ class TarShards:
         caption: str | None
         try:
             if "txt" in sample:
-                caption = decoded(sample["txt"])
+                caption = words(decoded(sample["txt"]))
             else:
                 entry = json_in(sample.get("json", b"{}"), "its .json")
                 stated = entry if isinstance(entry, dict) else {}

@@ -44,9 +44,9 @@ def merges(depth: int, each: int) -> str:
 
 VALUES = [
     ".nan", ".inf", "-.inf", "1e400", "0x1f", "1_000", "1:30:00", "~", "null", "[]", "{}", "[1, 2]", "{a: 1}", "&a [*a]", "*b",
-    "!!python/object/apply:os.system ['exit 9']", "!!python/name:os.system", "!!binary '/w=='", "!!int x", "!!float x", "!!bool x",
-    "!!timestamp x", "!!set {a}", "!!omap [a: 1]", "!!null x", "2001-99-99", "=", "<<", "'", '"', "|", "- -", "%", ".", "/",
-    "/dev/null", "examples/configs/shapes_pcm4.yaml", "=x", "@x", "`x", "${HOME}", "$(exit 9)",
+    "!!python/object/apply:os.system ['exit 9']", "!!python/name:os.system", "!!binary '/w=='", "!!int x", "!!float x",
+    "!!bool x", "!!timestamp x", "!!set {a}", "!!omap [a: 1]", "!!null x", "2001-99-99", "=", "<<", "'", '"', "|", "- -", "%",
+    ".", "/", "/dev/null", "examples/configs/shapes_pcm4.yaml", "=x", "@x", "`x", "${HOME}", "$(exit 9)",
 ]  # fmt: skip
 values = st.one_of(
     scalars.map(lambda value: repr(value) if not isinstance(value, int) or value.bit_length() < 10_000 else "1" * 5000),
