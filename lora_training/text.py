@@ -10,16 +10,15 @@ from pcm_scheduler.checks import parse_json, shortened
 
 
 def decoded(content: bytes) -> str:
-    """UTF-8 bytes as text.
+    """UTF-8 bytes as text, all of it.
 
     Raises:
         ValueError: they are another encoding, or no text.
     """
     try:
-        text = content.decode("utf-8-sig")
+        return _checked(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"is not UTF-8 text: {error}") from error
-    return words(text)
 
 
 def words(value: object) -> str:
@@ -30,13 +29,17 @@ def words(value: object) -> str:
     """
     if not isinstance(value, str):
         raise ValueError(f"is not text: {shortened(value)}")
-    if "\0" in value:  # UTF-16 looks so
-        raise ValueError(f"is not UTF-8 text: it holds zeros, {shortened(value, 40)}")
+    return _checked(value).strip()
+
+
+def _checked(text: str) -> str:
+    if "\0" in text:  # UTF-16 looks so
+        raise ValueError(f"is not UTF-8 text: it holds zeros, {shortened(text, 40)}")
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError as error:  # half of a character, which JSON's escapes can say
         raise ValueError(f"is not text: {error}") from error
-    return value.strip()
+    return text
 
 
 def read_text(path: str | Path) -> str:

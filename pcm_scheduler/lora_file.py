@@ -152,9 +152,7 @@ class AdapterSettings:
         }
         lacking = [HEADER_PREFIX + f.name for f in fields(cls) if f.default is MISSING and f.name not in found]
         if lacking:
-            raise ValueError(
-                f"The adapter's header cannot be used: it has {HEADER_PREFIX}* entries, but no {', '.join(lacking)}."
-            )
+            raise ValueError(f"The adapter's header cannot be used: it lacks {', '.join(lacking)}.")
         values = {}
         for f in fields(cls):
             if f.name in found:

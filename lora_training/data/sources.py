@@ -166,7 +166,7 @@ class Folder:
                 yield captions[path]
             elif caption.is_file():
                 try:
-                    yield Record(str(path), path, decoded(caption.read_bytes()))
+                    yield Record(str(path), path, words(decoded(caption.read_bytes())))
                 except ValueError as error:
                     yield Record(str(caption), problem=str(error))
             else:
@@ -252,7 +252,7 @@ class TarShards:
 
         def members() -> Iterator[dict[str, Any]]:
             for opened in url_opener(iter([{"url": url}]), handler=note):
-                for name, content in _tar_members(opened["stream"], note):
+                for name, content in _tar_members(opened["stream"], self._largest, note):
                     suffix = "." + (base_plus_ext(name)[1] or "").lower()
                     if suffix in self._suffixes or suffix in (".txt", ".json"):
                         yield {"fname": name, "data": content, "__url__": url}
@@ -269,13 +269,20 @@ class TarShards:
             yield from problems
             problems.clear()
 
+    def _largest(self, name: str) -> int:
+        """Bytes that are read of a member; 0: it is of no use."""
+        suffix = Path(name).suffix.lower()
+        if suffix in (".txt", ".json"):
+            return _LARGEST_CAPTION
+        return (_LARGEST_CLIP if self._noun == "clip" else _LARGEST_PICTURE) if suffix in self._suffixes else 0
+
     def _record_of(self, sample: dict[str, Any], url: str) -> Record:
         name = f"{url}: {sample['__key__']}"
         content = next((v for k, v in sample.items() if f".{k}" in self._suffixes), None)
         caption: str | None
         try:
             if "txt" in sample:
-                caption = decoded(sample["txt"])
+                caption = words(decoded(sample["txt"]))
             else:
                 entry = json_in(sample.get("json", b"{}"), "its .json")
                 stated = entry if isinstance(entry, dict) else {}
@@ -289,7 +296,7 @@ class TarShards:
         return Record(name, content, caption)
 
 
-_LARGEST_MEMBER = 2**31
+_LARGEST_CAPTION, _LARGEST_PICTURE, _LARGEST_CLIP = 2**20, 2**30, 2**31
 """Bytes of a member that is read. A compressed or sparse tar of a few kilobytes may say, and hold, any number of them."""
 _EXTENDED = (
     tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
@@ -326,11 +333,14 @@ class _Ending:
         return content
 
 
-def _tar_members(stream: IO[bytes], note: Callable[[Exception], bool]) -> Iterator[tuple[str, bytes]]:
+def _tar_members(
+    stream: IO[bytes], largest: Callable[[str], int], note: Callable[[Exception], bool]
+) -> Iterator[tuple[str, bytes]]:
     """The name and the content of every file in a tar, which may be compressed.
 
     Args:
         stream: of its bytes.
+        largest: how many bytes are read of a member of this name; 0: none, and none are given.
         note: is told what cannot be read; where the tar itself is broken, that ends it.
     """
     try:
@@ -339,12 +349,13 @@ def _tar_members(stream: IO[bytes], note: Callable[[Exception], bool]) -> Iterat
                 tar.members = []  # type: ignore[attr-defined]  # or it keeps them all
                 if not member.isreg() or re.match(r"__[^/]*__($|/)", member.name):  # webdataset's own files
                     continue
-                if member.sparse is not None or member.size > _LARGEST_MEMBER:  # its holes would be filled in
-                    note(ValueError(f"{member.name!r} of {member.size} bytes is sparse or too large"))
+                most = largest(member.name)
+                if most and (member.sparse is not None or member.size > most):  # holes would be filled in
+                    note(ValueError(f"{member.name!r} has holes, or of its {member.size} bytes more than {most}"))
                     continue
-                file = tar.extractfile(member)
+                file = tar.extractfile(member) if most else None
                 content = file.read() if file else b""
-                if len(content) < member.size:
+                if file and len(content) < member.size:
                     raise tarfile.ReadError(f"{member.name!r} is cut off")
                 yield member.name, content
     except Exception as error:  # tarfile and the decompressors raise whatever int(), zlib and deep recursion do

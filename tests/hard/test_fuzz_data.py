@@ -222,14 +222,14 @@ HUGE = {
 @pytest.mark.parametrize("what", HUGE)
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_shard_of_little_that_says_it_is_much(tmp_path, what, packed):
-    """Packed, the zeros that it speaks of are there: 3 GiB of them in 3 MiB."""
+    """Packed, zeros that it speaks of are there: more than there is room for, in a few MiB."""
     pytest.importorskip("webdataset")
     path = tmp_path / "shard.tar.gz" if packed else tmp_path / "shard.tar"
     if packed:
         press = zlib.compressobj(1, zlib.DEFLATED, 31)
         with path.open("wb") as file:
             file.write(press.compress(HUGE[what]))
-            for _ in range(192):
+            for _ in range(80):
                 file.write(press.compress(bytes(2**24)))
             file.write(press.flush())
     else:

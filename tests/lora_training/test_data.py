@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import struct
 import tarfile
 
 import numpy as np
@@ -102,6 +103,35 @@ def test_transparency_is_white_sixteen_bits_are_not_clipped_and_exif_turns(tmp_p
     assert load_picture(record, (32, 32), SQUARE).original_size == upright_size(record) == (80, 40)
 
 
+def saved(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, format=kind, **options)
+    return Record("odd", file.getvalue())
+
+
+def test_pictures_that_are_odd_are_used_as_they_are_or_named():
+    with pytest.raises(ValueError, match=r"odd cannot be read as a picture: it is 100000 x 1 pixels: scaled to cover"):
+        load_picture(saved(Image.new("1", (1, 100_000)), "PNG"), (64, 64), SQUARE)  # 6 million pixels high
+    with pytest.raises(ValueError, match="PostScript"):
+        load_picture(saved(Image.new("RGB", (8, 8)), "EPS"), (8, 8), SQUARE)
+    with pytest.raises(ValueError, match="not finite"):
+        load_picture(saved(Image.fromarray(np.full((8, 8), np.nan, dtype=np.float32)), "TIFF"), (8, 8), SQUARE)
+    light = Image.fromarray(np.full((8, 8), 0.75, dtype=np.float32))
+    assert load_picture(saved(light, "TIFF"), (8, 8), SQUARE).levels.unique().tolist() == [191]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = saved(Image.new("RGB", (80, 40)), "TIFF", exif=exif)
+    assert load_picture(turned, (32, 32), SQUARE).original_size == upright_size(turned) == (80, 40)
+    entry = struct.pack("<HHHI4s", 1, 0x0112, 2, 2, b"6\0\0\0") + bytes(4)  # a text instead of a number
+    said = saved(Image.new("RGB", (9, 5)), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0" + entry)
+    assert upright_size(said) == (5, 9)
+
+
+def test_a_random_crop_of_a_file_whose_name_is_not_utf8(tmp_path):
+    record = Record("caf\udce9.png", png((9, 5)))
+    assert load_picture(record, (4, 4), DataConfig(crop="random")).levels.shape == (1, 3, 4, 4)
+
+
 def test_metadata_jsonl_speaks_for_its_folder(tmp_path):
     (tmp_path / "sub").mkdir()
     for name in ("a.png", "sub/b.png"):
@@ -116,6 +146,48 @@ def test_metadata_jsonl_speaks_for_its_folder(tmp_path):
     (tmp_path / "metadata.jsonl").write_text("not json")
     with pytest.raises(ValueError, match="line 1"):
         Folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"file_name": "a.png", "text": null}', "its text is not text: None"),
+        (r'{"file_name": "a.png", "text": "\ud800"}', "surrogates"),
+        (r'{"file_name": "a.png", "caption": "a\u0000b"}', "zeros"),
+        ('{"file_name": "%s.png", "text": "a"}' % ("a" * 300), "not there"),
+        (r'{"file_name": "\ud800.png", "text": "a"}', "not there"),
+    ],
+)
+def test_rows_of_metadata_that_cannot_be_used_are_named(tmp_path, line, says):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(line)
+    assert says in next(iter(Folder(tmp_path))).problem
+
+
+@pytest.mark.parametrize("line", ['["text"]', '{"file_name": 3, "text": "a"}', "[" * 100_000, "1" * 5000, '{"text": "a"}'])
+def test_rows_of_metadata_that_are_none_are_refused_with_their_line(tmp_path, line):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(f"\n{line}")
+    with pytest.raises(ValueError, match=r"metadata\.jsonl, line 2, is not"):
+        Folder(tmp_path)
+    (tmp_path / "metadata.jsonl").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"metadata\.jsonl is not UTF-8"):
+        Folder(tmp_path)
+
+
+def test_captions_of_other_systems(tmp_path):
+    """A byte-order mark is no part of a caption; JSON may hold what Unicode calls a line's end; UTF-16 is named."""
+    for name in "abcd":
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    (tmp_path / "a.txt").write_bytes("a cat".encode("utf-8-sig"))
+    (tmp_path / "b.txt").write_bytes("a cat".encode("utf-16"))
+    (tmp_path / "c.txt").write_bytes("a cat".encode("utf-16-le"))
+    row = json.dumps({"file_name": "d.png", "text": "a\u2028cat"}, ensure_ascii=False)
+    (tmp_path / "metadata.jsonl").write_text(row, encoding="utf-8-sig")
+    a, b, c, d = Folder(tmp_path)
+    assert (a.caption, d.caption) == ("a cat", "a\u2028cat")
+    assert "not UTF-8" in b.problem
+    assert "not UTF-8" in c.problem
 
 
 def test_nothing_there_is_said(tmp_path):
@@ -151,6 +223,53 @@ def test_tar_shards_give_pictures_and_name_what_they_cannot_use(tmp_path):
         problems = "\n".join(f"{r.name} {r.problem}" for r in records if r.problem)
         for word in named:
             assert word in problems, word
+
+
+def tar_header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def tar_hole(size: int) -> bytes:
+    """A header of GNU's old format, of a picture that is one hole."""
+    info = bytearray(tar_header("a.png", 0, tarfile.GNUTYPE_SPARSE))
+    info[386:410] = b"%011o\0%011o\0" % (size, 0)  # where the hole ends, and that nothing follows it
+    info[483:495] = b"%011o\0" % size
+    info[148:156] = b" " * 8
+    info[148:156] = b"%06o\0 " % sum(info)
+    return bytes(info)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (tar_hole(2**32), "has holes"),  # 4 GiB of zeros
+        (tar_header("a.png", 2**62), "more than 1073741824"),  # skipped in steps of 10 KB
+        (tar_header("a.txt", 2**62), "more than 1048576"),
+        (tar_header("a.bin", 2**62), "ends before the end of a file in it"),
+        (tar_header("a", 2**33 - 1, tarfile.GNUTYPE_LONGNAME), "says that it is 8589934591 bytes long"),
+        (tar_header("a", 2**33 - 1, tarfile.XHDTYPE), "says that it is 8589934591 bytes long"),
+        (tar_header("a", 1, tarfile.GNUTYPE_LONGNAME) * 2000, "recursion"),
+    ],
+)
+def test_a_tar_that_says_it_is_larger_than_it_is(tmp_path, content, says):
+    pytest.importorskip("webdataset")
+    (tmp_path / "a.tar").write_bytes(content + bytes(1024))
+    found = list(open_source(DataConfig(path=str(tmp_path / "a.tar"))))
+    assert all(record.problem for record in found)
+    assert says in " ".join(record.problem for record in found)
+
+
+@pytest.mark.parametrize(
+    ("caption", "says"),
+    [({"json": b"[" * 100_000}, "nested"), ({"json": rb'{"text": "\ud800"}'}, "not text"), ({"txt": b"\xff"}, "not UTF-8")],
+)
+def test_captions_in_a_tar_that_cannot_be_read(tmp_path, caption, says):
+    pytest.importorskip("webdataset")
+    tar_of(tmp_path / "a.tar", {"a.png": png()} | {f"a.{kind}": content for kind, content in caption.items()})
+    (record,) = open_source(DataConfig(path=str(tmp_path / "a.tar")))
+    assert says in record.problem
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -219,3 +219,24 @@ def test_the_configurations_that_ship_can_be_read(path, monkeypatch, tmp_path):
         adapter.touch()
     monkeypatch.chdir(tmp_path)
     assert parse(["--config", str(path)]).methods
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", b"\xff\xfe"),
+        ("a.jsonl", b"not json"),
+        ("a.jsonl", b"[" * 100_000),
+        ("a.jsonl", rb'{"prompt": "\ud800"}'),
+        ("a.json", b"{"),
+        ("a.json", b'{"annotations": 3}'),
+        ("a.json", b'{"annotations": [{"caption": "no picture"}]}'),
+        ("a.json", b'{"annotations": [{"image_id": 1, "caption": null}]}'),
+    ],
+)
+def test_prompts_that_cannot_be_read_are_refused_with_their_file(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"prompts: .*{name}"):
+        read_prompts(str(tmp_path / name))
+    with pytest.raises(ValueError, match=rf"negative\.pairs: .*{name}"):
+        read_pairs(str(tmp_path / name))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import struct
 
 import pytest
 import torch
@@ -137,6 +139,63 @@ def test_malformed_files_are_named(tmp_path):
         read_settings(lying)
     with pytest.raises(ValueError, match="weight_name"):
         load_pcm_lora(load_pipeline(), "some/repository")
+
+
+@pytest.mark.parametrize(
+    ("entries", "says"),
+    [
+        ({"pcm.num_train_timesteps": "1" + "0" * 18}, "at most 1000000"),
+        ({"pcm.num_solver_steps": "50.0"}, r"pcm\.num_solver_steps is '50\.0', which cannot be read as int"),
+        ({"pcm.eta": "nan"}, "eta must be a finite number from 0 to 1"),
+        ({"pcm.guidance_scale": "inf"}, "guidance_scale must be a finite number"),
+        ({"pcm.beta_start": "-1"}, "beta_start must be a finite number from 0 to 1"),
+        ({"pcm.num_inference_steps": "0"}, "num_inference_steps must be from 1 to num_solver_steps=50; got 0"),
+        ({"pcm.base_model": "sd9"}, "Unknown base_model 'sd9'; choose one of sd15, sdxl, animatediff"),
+        ({"pcm.phase_edges": None, "pcm.num_solver_steps": None}, r"lacks pcm\.phase_edges, pcm\.num_solver_steps"),
+    ],
+)
+def test_a_header_that_cannot_be_is_refused_with_its_file(tmp_path, entries, says):
+    header = {key: value for key, value in (SETTINGS.to_header() | entries).items() if value is not None}
+    path = tmp_path / "lying.safetensors"
+    save_file({"x": torch.zeros(1)}, path, header)
+    with pytest.raises(ValueError, match=rf"lying\.safetensors: The adapter's header cannot be used: .*{says}"):
+        read_settings(path)
+
+
+def crafted(path, **tensors):
+    """A safetensors file of a LoRA's three tensors, of any type and shape: name = (type, shape, bytes)."""
+    header, end = {}, 0
+    for name, (dtype, shape, size) in tensors.items():
+        key = f"lora_unet_mid_block_attentions_0_proj_in.{name.replace('_weight', '.weight')}"
+        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    told = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(told)) + told + bytes(end))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("down", "says"),
+    [
+        (("F32", [0, 2**63], 0), "which no weight has"),
+        (("F32", [0, 2**62, 2**62], 0), "which no weight has"),
+        (("F32", [1] * 70, 4), "which no weight has"),
+        (("F4", [0, 0], 0), "is of F4, and weights are read of"),
+        (("F32", [0, 3], 0), "is empty"),
+        (("F32", [], 4), "not both are matrices"),
+        (("I64", [2, 3], 48), "not of floating-point numbers"),
+    ],
+)
+def test_shapes_and_types_that_no_weight_has_are_refused(tmp_path, capsys, down, says):
+    rank = down[1][0] if down[1] else 2
+    path = crafted(tmp_path / "odd.safetensors", lora_down_weight=down, lora_up_weight=("F32", [3, rank], 12 * rank))
+    assert main([str(path)]) == 1
+    assert says in capsys.readouterr().out
+
+
+def test_a_folder_is_no_adapter(tmp_path):
+    with pytest.raises(ValueError, match="is a folder"):
+        read_settings(tmp_path)
 
 
 def test_a_second_adapter_replaces_the_first(trained, adapter_file, tmp_path):

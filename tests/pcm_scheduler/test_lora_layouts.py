@@ -18,7 +18,7 @@ from lora_training.backbones.full_size import UNET_CONFIGS
 from lora_training.config import TARGET_SETS
 from pcm_scheduler import AdapterSettings, load_pcm_lora, read_settings
 from pcm_scheduler.lora_file import convert_adapter, kohya_state_dict, main, read_adapter, write_adapter
-from pcm_scheduler.lora_layouts import _WORDS, METADATA_KEY, dotted_name
+from pcm_scheduler.lora_layouts import _WORDS, METADATA_KEY, dotted_name, sort_tensors
 from pcm_scheduler.phases import PhaseGrid
 from pcm_scheduler.published import SHA256
 
@@ -302,3 +302,45 @@ def test_kohya_state_dict_refuses_what_has_no_place():
         kohya_state_dict({"a.lora_A.weight": torch.ones(1, 2), "a.lora_B.bias": torch.ones(2)}, {"a": 1.0})
     with pytest.raises(ValueError, match="only one"):
         kohya_state_dict({"a.lora_A.weight": torch.ones(1, 2)}, {"a": 1.0})
+
+
+PAIR = {"unet.mid_block.attentions.0.proj_in.lora_A.weight": torch.ones(2, 3)}
+PAIR |= {"unet.mid_block.attentions.0.proj_in.lora_B.weight": torch.ones(3, 2)}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "says"),
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ("[]", "cannot be read"),
+        ('{"unet.lora_alpha": NaN}', "its alpha is nan"),
+        ('{"unet.lora_alpha": 1%s}' % ("0" * 400), "cannot be read"),
+        ('{"unet.alpha_pattern": {"(a+)+b": 1}}', "is not a module's name"),  # matching takes as long as you like
+        (json.dumps({"unet.alpha_pattern": {f".*{i}": 1 for i in range(100)}}), "more than 64"),
+    ],
+)
+def test_metadata_that_cannot_be_used_is_refused(metadata, says):
+    with pytest.raises(ValueError, match=f"{METADATA_KEY} in its header that cannot be read: .*{says}|{METADATA_KEY}.*{says}"):
+        sort_tensors(PAIR, {METADATA_KEY: metadata})
+
+
+@pytest.mark.parametrize(
+    ("patterns", "alpha"),
+    [
+        ({"proj_in": 3}, 3),
+        ({"^mid_block.attentions.0.proj_in": 3}, 3),
+        ({r"attentions\.0\.proj_in$": 3}, 3),
+        ({"mid_block.*": 3, "proj_in": 5}, 3),  # the first that matches
+        ({"^attentions.0.proj_in": 5}, 1),
+        ({"^attentions.*": 5}, 1),
+        ({"roj_in": 5}, 1),
+    ],
+)
+def test_alphas_are_stated_for_names_as_peft_matches_them(patterns, alpha):
+    lora = sort_tensors(PAIR, {METADATA_KEY: json.dumps({"unet.lora_alpha": 1, "unet.alpha_pattern": patterns})})
+    assert lora.alpha("mid_block_attentions_0_proj_in") == alpha
+
+
+def test_a_name_longer_than_any_is_a_stranger():
+    long = "lora_unet_" + "a" * 10**6 + ".alpha"
+    assert sort_tensors(PAIR | {long: torch.ones(())}).strangers == (f"{long[:40]}... of 1000016 letters",)

@@ -119,8 +119,34 @@ def test_explicit_edges_equal_even_ones_in_any_order():
         (lambda: PhaseGrid.even(4).stops(51), "1 to 50"),
         (lambda: PhaseGrid.even(4).stops(26, strength=0.5), "1 to 25 at strength 0.5"),
         (lambda: PhaseGrid.even(4).stops(4, strength=0.0), "strength"),
+        (lambda: PhaseGrid.even(4.0), r"num_phases must be a whole number; got 4\.0"),
+        (lambda: PhaseGrid.even(True), "num_phases must be a whole number; got True"),
+        (lambda: PhaseGrid.even(4, 50.0), "num_solver_steps must be a whole number"),
+        (lambda: PhaseGrid.even(10**9, 10**9), "puts no point"),  # before a billion edges are made
+        (lambda: PhaseGrid.even(1, 50, 10**18), "at most 1000000"),  # and before its divisors are looked for
+        (lambda: PhaseGrid.even(1, 50, 10**5000), "at most 1000000; got a number of 16610 bits"),
+        (lambda: PhaseGrid.even(1, 0), "puts no point"),
+        (lambda: PhaseGrid(50, 3), "edge_indices must be a sequence"),
+        (lambda: PhaseGrid.from_timesteps("999"), "A member of phase_edges must be a whole number; got '9'"),
+        (lambda: PhaseGrid.from_timesteps([999, None]), "A member of phase_edges"),
+        (lambda: PhaseGrid.even(4).stops(4, strength=float("nan")), "strength must be a finite number"),
+        (lambda: PhaseGrid.even(4).stops(4, strength="1"), "strength must be a finite number"),
+        (lambda: PhaseGrid.even(4).stops(2.5), "num_inference_steps must be a whole number"),
     ],
 )
 def test_impossible_grids_name_what_is_possible(call, says):
     with pytest.raises(ValueError, match=says):
         call()
+
+
+def test_numbers_of_other_libraries_are_whole_too():
+    grid = PhaseGrid(torch.tensor(50), [torch.tensor(0), torch.tensor(50)])
+    assert grid == PhaseGrid.even(1)
+    assert hash(grid) == hash(PhaseGrid.even(1))
+
+
+def test_a_grid_of_many_points_takes_no_longer_than_it_is_large():
+    """Ten thousand points and as many phases: a tenth of a second; with time by their product it was a minute."""
+    grid = PhaseGrid.even(10_000, 10_000, 20_000)
+    assert len(set(grid.stops(9_999))) == 9_999
+    assert PhaseGrid.from_timesteps(grid.edges, 10_000, 20_000) == grid

@@ -422,3 +422,26 @@ def test_step_traces_without_graph_breaks():
     for t in scheduler.timesteps:
         x = compiled(torch.tanh(x) * 0.7, t, x, return_dict=False)[0]
     torch.testing.assert_close(x, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"beta_start": -1.0}, "beta_start must be a finite number from 0"),
+        ({"beta_end": float("nan")}, "beta_end must be a finite number from 0"),
+        ({"beta_schedule": ["linear"]}, "Unknown beta_schedule"),
+        ({"trained_betas": []}, "at least one number"),
+        ({"trained_betas": [[0.1]]}, "at least one number"),
+        ({"trained_betas": "many"}, "list of numbers"),
+        ({"trained_betas": [10**400]}, "list of numbers"),
+        ({"timesteps": 3}, "timesteps must be integers from 999 to 0; got 3"),
+        ({"timesteps": [float("nan")]}, "timesteps must be integers"),
+        ({"timesteps": ["a"]}, "timesteps must be integers"),
+        ({"num_train_timesteps": 10**12}, "at most 1000000"),  # before a table of so many is made
+        ({"num_phases": 4.0}, "num_phases must be a whole number"),
+        ({"final_sigmas_type": {}}, "Unknown final_sigmas_type"),
+    ],
+)
+def test_values_of_a_configuration_that_are_none_are_named(options, says):
+    with pytest.raises(ValueError, match=says):
+        PCMScheduler(**options)
