@@ -328,9 +328,11 @@ def precisions(figures: Figures) -> str:
     single = [name for name, row in figures.items() if row.get("precision") == "float32"]
     if not single:
         return "The networks were trained and measured in bfloat16."
+    measured = (
+        "what that changes is in the table of precisions" if "float32" in figures else "what that changes is not measured"
+    )
     return (
-        f"In float32, on a processor without bfloat16: {', '.join(single)}. The others in bfloat16; what that changes is in "
-        "the table of precisions."
+        f"In float32, on a processor without bfloat16: {', '.join(single)}. The others, the base too, in bfloat16; {measured}."
     )
 
 
