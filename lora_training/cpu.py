@@ -7,6 +7,7 @@ import sys
 from typing import Literal, TypeVar
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 
@@ -42,6 +43,12 @@ def fast_autocast(device_type: str = "cpu") -> torch.autocast:
 def fast_precision() -> Literal["bfloat16", "float32"]:
     """What networks compute in inside `fast_autocast`."""
     return "bfloat16" if has_bfloat16() else "float32"
+
+
+def coming_device() -> torch.device:
+    """Of what type the device of an `Accelerator` will be; asking accelerate before would settle how processes talk."""
+    found = None if parse_flag_from_env("ACCELERATE_USE_CPU") else torch.accelerator.current_accelerator(check_available=True)
+    return found or torch.device("cpu")
 
 
 Precision = TypeVar("Precision", bound=str)

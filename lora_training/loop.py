@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import torch
 import yaml
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from tqdm import tqdm
 
@@ -26,7 +26,7 @@ from pcm_scheduler.phases import PhaseGrid
 from .backbones import load_backbone
 from .checkpoint import Checkpoints, NotFinite, check_finite, listed
 from .config import DTYPES, TrainConfig
-from .cpu import keep_freed_memory, precision_here, use_plain_attention
+from .cpu import coming_device, keep_freed_memory, precision_here, use_plain_attention
 from .data.latent_cache import LatentCache, TrainingData
 from .data.sources import open_source
 from .data.stream import StreamingData
@@ -67,7 +67,7 @@ class Run:
     """
 
     def __init__(self, config: TrainConfig):
-        config = replace(config, mixed_precision=precision_here(config.mixed_precision, PartialState().device))
+        config = replace(config, mixed_precision=precision_here(config.mixed_precision, coming_device()))
         self.config = config
         self.output = Path(config.output)
         self.folder = self.output.with_suffix(".run")

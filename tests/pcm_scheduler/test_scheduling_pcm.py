@@ -328,7 +328,7 @@ def test_two_trained_betas_with_a_thousand_timesteps_construct():
         ({"timesteps": [1019, 999]}, "999 to 0"),
         ({"timesteps": [739, 999]}, "decrease"),
         ({"trained_betas": [0.1, float("nan")]}, "number 1 of 2"),
-        ({"beta_start": float("nan")}, "Betas"),
+        ({"beta_start": float("nan")}, "beta_start must be a finite number"),
     ],
 )
 def test_the_constructor_refuses(kwargs, says):
