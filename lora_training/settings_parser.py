@@ -68,10 +68,10 @@ def load_yaml(text: str) -> Any:
         yaml.YAMLError: it is none, a scalar is not what its tag says, or it is too deep, or too large with its aliases written
             out.
     """
-    _check_size(text)
     try:
+        _check_size(text)
         return get_loader("yaml")(text)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # PyYAML's, of `!!bool x`
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # PyYAML's, as of `!!bool x`
         raise yaml.YAMLError(f"a value is not of the kind that it seems to be: {error}") from error
 
 

@@ -62,6 +62,10 @@ def test_numbers_that_are_none_are_refused_by_name(capsys, setting, says):
     assert says in f"{stopped.value.code} {capsys.readouterr().err}"
 
 
+def test_an_argument_that_is_not_utf8_is_a_text_as_others(tmp_path):
+    assert parse_training(["--title", "caf\udce9"]).title == "caf\udce9"
+
+
 def test_aliases_that_people_write_are_followed(tmp_path):
     file = tmp_path / "my.yaml"
     file.write_text("validation: {prompts: &both [a cat, a dog], every: 5}\nlora: {targets: *both}\n")
