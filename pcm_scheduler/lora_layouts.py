@@ -16,7 +16,6 @@ ComfyUI (0.3.64) reads them but divides by the norm of the base weight, PEFT by 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -218,9 +217,9 @@ def _add_stated_alphas(
                 continue
             # rank-stabilised LoRA divides by the root of the rank
             factor = parts["down"].shape[0] ** 0.5 if stated.get("use_rslora") else 1.0
-            if not math.isfinite(float(alpha) * factor):
-                raise ValueError(f"its alpha is {alpha}")
             parts["alpha"] = torch.tensor(float(alpha) * factor)
+            if not parts["alpha"].isfinite():  # beyond what float32 holds, too
+                raise ValueError(f"its alpha is {shortened(alpha)}")
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"has {METADATA_KEY} in its header that cannot be read: {error}") from error
 

@@ -34,7 +34,7 @@ CASES = {
 SECONDS_OF_CPU, SECONDS = 10.0, 120.0
 """That one case may take: so many of this process's own, so that a busy machine changes nothing; or so many by the clock."""
 ROOM = 2**30
-"""Bytes that one subject's cases may add to the process's address space."""
+"""Bytes that one case may add to the process's address space."""
 
 
 class Hang(BaseException):
@@ -64,11 +64,10 @@ def fuzz(subject: str, inputs: st.SearchStrategy[Any], check: Callable[[Any], No
     def case(value: Any) -> None:
         nonlocal count
         count += 1
-        with in_time():
+        with in_memory(room), in_time():
             check(value)
 
-    with in_memory(room):
-        case()
+    case()
     assert count >= CASES[subject], f"only {count} different cases of {subject}"
 
 

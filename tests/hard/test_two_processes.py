@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -14,6 +15,17 @@ from training_runs import tiny_arguments, tiny_folder
 
 pytestmark = pytest.mark.hard
 ROOT = Path(__file__).parent.parent.parent
+
+
+def processes_of_ranks(launcher: int) -> dict[str, psutil.Process]:
+    """The processes of a run by their rank; those that a launcher starts for a moment are none, and may be gone by now."""
+    ranks = {}
+    for process in psutil.Process(launcher).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            environment = process.environ()
+            if "RANK" in environment:
+                ranks[environment["RANK"]] = process
+    return ranks
 
 
 @pytest.mark.parametrize("killed", ["0", "1"])
@@ -32,15 +44,15 @@ def test_when_one_of_two_processes_is_killed_the_other_ends_and_says_where_the_r
             while not list(checkpoints.glob("step-*.safetensors")):
                 assert launcher.poll() is None, (tmp_path / "log").read_text()[-3000:]
                 time.sleep(0.05)
-            started = psutil.Process(launcher.pid).children(recursive=True)
-            ranks = {process.environ()["RANK"]: process for process in started if "RANK" in process.environ()}
+            ranks = processes_of_ranks(launcher.pid)
             ranks[killed].kill()
             begun = time.monotonic()
             launcher.wait(timeout=300)  # seconds; a few on a machine that is not busy
             seconds = time.monotonic() - begun
         finally:
             for process in (launcher, *ranks.values()):
-                process.kill()
+                with suppress(psutil.NoSuchProcess):  # it has ended, as it should
+                    process.kill()
     said = (tmp_path / "log").read_text()
     assert launcher.returncode != 0
     assert "Another process of this run has ended" in said, said[-3000:]

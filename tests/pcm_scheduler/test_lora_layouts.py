@@ -314,6 +314,7 @@ PAIR |= {"unet.mid_block.attentions.0.proj_in.lora_B.weight": torch.ones(3, 2)}
         ("[" * 100_000, "nested too deeply"),
         ("[]", "cannot be read"),
         ('{"unet.lora_alpha": NaN}', "its alpha is nan"),
+        ('{"unet.lora_alpha": 3.5e38}', "its alpha is 3.5e"),  # more than float32 holds
         ('{"unet.lora_alpha": 1%s}' % ("0" * 400), "cannot be read"),
         ('{"unet.alpha_pattern": {"(a+)+b": 1}}', "is not a module's name"),  # matching takes as long as you like
         (json.dumps({"unet.alpha_pattern": {f".*{i}": 1 for i in range(100)}}), "more than 64"),
