@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 LOWEST := .venv-lowest
 LOWEST_STAMP := $(LOWEST)/.installed
 
-.PHONY: help install test test-hard test-lowest lint types demo demo-edit report bench shapes shapes_xl adapters adapter_xl clean
+.PHONY: help install test test-hard test-lowest lint types demo demo-edit demo-video report bench shapes shapes_xl adapters adapter_xl clean
 
 help: ## what can be made
 	@grep -E '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,6 +26,9 @@ install: $(STAMP) ## the virtual environment with everything in it
 
 demo: $(STAMP) ## pictures with the shipped model and adapters: outputs/demo
 	$(PY) examples/shapes/demo.py
+
+demo-video: $(STAMP) ## clips with the shipped motion modules and adapters, as a moving sheet and a table: outputs/demo
+	$(PY) examples/shapes/demo_video.py
 
 demo-edit: $(STAMP) ## a sheet of every editing task: outputs/demo
 	$(PY) examples/shapes/demo_edit.py

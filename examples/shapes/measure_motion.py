@@ -29,10 +29,10 @@ def card(motion: dict[str, float], whole: float, judged: int) -> str:
     rows = [[kind, f"{100 * share:.1f}%"] for kind, share in motion.items()]
     return f"""# Shapes that move: motion modules for the shapes model
 
-A diffusers `MotionAdapter` in AnimateDiff's v2 layout ({megabytes:.1f} MB, fp16, with the embeddings of the words of motion in
-`words.safetensors`), for clips of {NUM_FRAMES} frames at 128 x 128 pixels: one of the shapes moves left, right, up or down,
-turns, grows, shrinks, bounces or stands still, slowly or fast, as the caption says. The image model's own weights are as they
-ship; `video_model.py` puts all together.
+A diffusers `MotionAdapter` in AnimateDiff's v2 layout ({megabytes:.1f} MB, fp16; the words of motion are in
+`motion_words.safetensors`), for clips of {NUM_FRAMES} frames at 128 x 128 pixels: one of the shapes moves left, right, up or
+down, turns, grows, shrinks, bounces or stands still, slowly or fast, as the caption says. The image model's own weights are as
+they ship; `video_model.py` puts all together.
 
 It was trained by `examples/shapes/train_motion.py` on procedurally drawn clips; no other data.
 

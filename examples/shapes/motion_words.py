@@ -5,7 +5,7 @@ learned to ignore them: neither its own output nor the UNet's attention to it te
 word of `moving` that is no token becomes one, and its embedding alone is trained (textual inversion, arXiv:2208.01618) for two
 things: that the UNet's features name the kind of motion and its speed at every place, for a motion module looks at one place at
 a time, and that the UNet draws what it would draw without the words. No other weight changes, so captions without such words
-are encoded exactly as before. The motion modules' training goes on with these rows.
+are encoded exactly as before.
 
     python examples/shapes/motion_words.py        # a few minutes on two cores
 """

@@ -1,17 +1,18 @@
-"""Train AnimateDiff's motion modules for the shapes UNet, whose own weights stay: on a GPU if there is one, else for hours.
+"""Train AnimateDiff's motion modules for the shapes UNet, whose own weights stay: two hours on two cores, minutes on a GPU.
 
-The rows of the words of motion (`motion_words.py`) go on training with them, for until now the UNet has only learned to
-overlook these words. Which motion it is, is decided at the highest noise levels, as the places of things are, so the loss
-looks mostly there, as in the last stage of the UNet's own training. Neighbouring frames hardly differ, so a first stage shows
-a few frames of many clips, each at its own position, and a second one all frames of some.
+What a frame must look like depends on the words of motion and on the frame's position together, and neither is worth anything
+alone. From the noise prediction by itself the modules learn that product in thousands of steps, if at all. So they are asked
+for it first, by linear layers that read the features behind them: how far the object has moved, turned and grown since the
+middle of the clip (`moved`), and which places objects cover (`covered`). The layers that read places were trained before, on
+the UNet's features as they are without motion, and stay as they are: in the UNet's own code, the modules learn to move what
+the later layers draw.
 
-The noise prediction says little of where the object is in each frame while noise hides it. So beside it the features behind
-motion modules are read by linear layers that say where objects are; these were trained before, on the UNet's features as they
-are without motion, and stay as they are: in the UNet's own code, the motion modules learn to move what the later layers draw.
+Of these questions the first half of the UNet need not know the answers. Motion modules on the way down stay as they begin,
+where they change nothing; what the middle and the way up are given is then the same in every epoch, and is kept (`Lower`).
 
-What a frame must look like depends on the words and on its position together, and of words that ask for opposite things
-neither is worth anything alone: shown all of them from the beginning, the modules learn none for thousands of steps. So the
-first stages show one direction, then its opposite too, then the others.
+    1. places: linear layers learn to read places;
+    2. layout: the modules learn what they are asked, from kept features, at the noise levels where it is decided;
+    3. pictures: they learn to predict noise, at all levels, and are asked the same beside it.
 
     python examples/shapes/train_motion.py
 """
@@ -19,34 +20,38 @@ first stages show one direction, then its opposite too, then the others.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, MotionAdapter, UNetMotionModel
+from diffusers import AutoencoderKL, MotionAdapter, StableDiffusionPipeline, UNet2DConditionModel, UNetMotionModel
 from diffusers.models.embeddings import SinusoidalPositionalEmbedding
-from motion_words import OMIT, WordRows, add_words, load_words, tokens
+from motion_words import OMIT, add_words, load_words, tokens
+from timm.optim import Muon, muon
 from torch import nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
-from lora_training.cpu import fast_autocast, keep_freed_memory, use_plain_attention
+from lora_training.cpu import fast_autocast, has_bfloat16, keep_freed_memory, use_plain_attention
 from lora_training.frames import batch_as_frames
-from pcm_scheduler.lora_file import write_safetensors
 
 import moving
-from denoising import CAPTION_DROPOUT, Layout, Noised, cached_moments, denoising_loss, drawn_latents, noised
+from denoising import CAPTION_DROPOUT, Layout, cached_moments, denoising_loss, drawn_latents, noised
 from model import MOTION_DIR, RUNS_DIR, build_motion_adapter, load_pipeline
-from moving import KINDS, NUM_FRAMES, Clip, sample_clip
+from moving import NUM_FRAMES, Clip, sample_clip
 from scenes import IMAGE_SIZE, MOTION_TRAIN_SEED
 from training import train
 
 LATENT = 8  # pixels of a picture to one of its latents
-HEADS_STEPS, HEADS_LEARNING_RATE, HEADS_BATCH = 200, 5e-3, 4  # clips, all frames
-PLACE_WEIGHT = 5.0  # of saying where objects are, beside the noise prediction
-STRAIGHT = ("left", "right", "up", "down")
-NOISY, NOISIEST = Layout(), Layout(nothing=0.4, noisy=0.6, least=700)
+UNITS = (20.0, 20.0, 1.5, 0.35)  # of `moved`: pixels, pixels, radians, logarithm of size; each is about 1 at a clip's end
+PLACE_WEIGHT, MOVED_WEIGHT = 5.0, 1.0  # of what modules are asked, beside the noise prediction
+# AdamW needs over half as many steps again; what is no matrix has it, at a tenth of the learning rate
+MUON = partial(Muon, adjust_lr_fn="original", nesterov=True, weight_decay=0.1, betas=(0.9, 0.99), fallback_lr_scale=0.1)
+PLACES_STEPS, PLACES_LEARNING_RATE = 200, 5e-3
+BLANK, NOISY, ALL = Layout(nothing=1.0), Layout(nothing=0.0, noisy=1.0, least=700), Layout()
 
 
 @dataclass(frozen=True)
@@ -55,21 +60,22 @@ class Stage:
 
     name: str
     steps: int
-    learning_rate: float = 1e-3
-    kinds: tuple[str, ...] = tuple(KINDS)  # of motion
-    layout: Layout = NOISY
-    frames: int = 4  # of each clip
-    batch: int = 16  # clips
+    learning_rate: float
+    frames: int  # of each clip
+    batch: int  # clips
 
 
-STAGES = (
-    Stage("leftward", steps=200, kinds=("left",), layout=NOISIEST),
-    Stage("sideways", steps=400, kinds=("left", "right"), layout=NOISIEST),
-    Stage("straight", steps=400, kinds=STRAIGHT, layout=NOISIEST),
-    Stage("without-opposites", steps=500, kinds=(*STRAIGHT, "clockwise", "growing", "bouncing", "still"), layout=NOISIEST),
-    Stage("few-frames", steps=2500, learning_rate=5e-4),
-    Stage("all-frames", steps=600, learning_rate=3e-4, frames=NUM_FRAMES, batch=4),
+LAYOUT = (
+    Stage("layout", steps=1600, learning_rate=1e-2, frames=4, batch=16),
+    Stage("layout-all-frames", steps=300, learning_rate=4e-3, frames=NUM_FRAMES, batch=4),
 )
+PICTURES = (
+    Stage("pictures", steps=1000, learning_rate=5e-3, frames=4, batch=16),
+    Stage("pictures-all-frames", steps=500, learning_rate=3e-3, frames=NUM_FRAMES, batch=4),
+)
+
+
+# ---------------------------------------------------------------------------------------------- frames and what is true of them
 
 
 class FramePositions:
@@ -108,17 +114,32 @@ def covered(clips: Sequence[Clip]) -> torch.Tensor:
     return torch.from_numpy(maps)
 
 
-class PlaceHeads(nn.Module):
-    """Say where objects are from the features behind motion modules, from the middle block on.
+def moved(clips: Sequence[Clip]) -> torch.Tensor:
+    """How far the object has gone to the right and down, turned and grown since the middle, in `UNITS`: (clips, F, 4)."""
+    amounts = []
+    for clip in clips:
+        middle = clip.scene.objects[clip.moving]
+        for scene in moving.frames(clip):
+            now = scene.objects[clip.moving]
+            way = (now.offset[0] - middle.offset[0], now.offset[1] - middle.offset[1])
+            amounts.append((*way, now.angle - middle.angle, math.log(now.scale / middle.scale)))
+    return (torch.tensor(amounts) / torch.tensor(UNITS)).unflatten(0, (len(clips), NUM_FRAMES))
+
+
+# ---------------------------------------------------------------------------------------------- what reads features
+
+
+class Heads(nn.Module):
+    """A linear layer behind each of some motion modules reads its features, normalised, at every place.
 
     Args:
-        unet: whose features are read, of its last forward.
+        modules: of motion.
+        outputs: numbers that are read.
     """
 
-    def __init__(self, unet: UNetMotionModel):
+    def __init__(self, modules: Sequence[nn.Module], outputs: int):
         super().__init__()
-        modules = [*unet.mid_block.motion_modules, *(m for block in unet.up_blocks[:2] for m in block.motion_modules)]
-        self.heads = nn.ModuleList(nn.Conv2d(module.proj_out.out_features, 1, 1) for module in modules)
+        self.heads = nn.ModuleList(nn.Conv2d(module.proj_out.out_features, outputs, 1) for module in modules)
         self.seen: dict[int, torch.Tensor] = {}
         for number, module in enumerate(modules):
             module.register_forward_hook(partial(self._see, number))
@@ -126,24 +147,94 @@ class PlaceHeads(nn.Module):
     def _see(self, number: int, _module: nn.Module, _given: object, output: object) -> None:
         self.seen[number] = output if isinstance(output, torch.Tensor) else output[0]
 
-    def forward(self, maps: torch.Tensor) -> torch.Tensor:
-        """Mean cross entropy beside maps (N F, 16, 16), of those that are not negative."""
-        losses = []
-        for number, head in enumerate(self.heads):
-            said = head(self.seen[number].float())[:, 0]
-            asked = F.adaptive_avg_pool2d(maps[:, None], said.shape[1:])[:, 0]
-            each = F.binary_cross_entropy_with_logits(said, asked.clamp(min=0), reduction="none")
-            losses.append((each * (asked >= 0)).mean())
-        return torch.stack(losses).mean()
+    def forward(self) -> list[torch.Tensor]:
+        """Of each module, (N F, outputs, h, w)."""
+        return [head(F.group_norm(self.seen[number].float(), 1)) for number, head in enumerate(self.heads)]
 
 
-class Moves(nn.Module):
-    """What is trained: the motion modules of a UNet, and the rows of the words."""
+def place_loss(heads: Heads, maps: torch.Tensor, said: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy beside maps (N F, 16, 16), of the frames that are `said`, (N F,)."""
+    losses = []
+    for scores in heads():
+        asked = F.adaptive_avg_pool2d(maps[:, None], scores.shape[2:])
+        losses.append(F.binary_cross_entropy_with_logits(scores, asked, reduction="none").mean((1, 2, 3)))
+    return (torch.stack(losses).mean(0) * said).mean()
 
-    def __init__(self, unet: UNetMotionModel, rows: WordRows):
-        super().__init__()
-        self.modules_of_motion = nn.ModuleList(m for name, m in unet.named_modules() if name.endswith("motion_modules"))
-        self.rows = rows
+
+def moved_loss(heads: Heads, amounts: torch.Tensor, said: torch.Tensor) -> torch.Tensor:
+    """Mean squared error beside amounts (N F, 4), of the frames that are `said`, (N F,)."""
+    losses = [(read - amounts[:, :, None, None]).square().mean((1, 2, 3)) for read in heads()]
+    return (torch.stack(losses).mean(0) * said).mean()
+
+
+# ---------------------------------------------------------------------------------------------- the two halves of the UNet
+
+
+@dataclass(frozen=True)
+class Lower:
+    """What the middle and the way up are given of N clips; fp16 where it is kept.
+
+    Attributes:
+        hidden: what comes out of the way down, (N, F, C, h, w).
+        temb: embedding of the timestep, (N, C).
+        embeds: of the text, (N, L, C).
+        residuals: along the way down, each (N, F, C, h, w); without those of the first block, whose resolution only the
+            last block of the way up has, which `layout` leaves out.
+    """
+
+    hidden: torch.Tensor
+    temb: torch.Tensor
+    embeds: torch.Tensor
+    residuals: tuple[torch.Tensor, ...]
+
+    def map(self, of_clips, of_frames) -> Lower:
+        """Another, of what functions make of the parts that frames share, and of those that each has of its own."""
+        own = (of_frames(part) for part in self.residuals)
+        return Lower(of_frames(self.hidden), of_clips(self.temb), of_clips(self.embeds), tuple(own))
+
+
+@torch.no_grad()
+def lower(unet: UNet2DConditionModel, sample: torch.Tensor, timesteps: torch.Tensor, embeds: torch.Tensor) -> Lower:
+    """The way down, which knows of no motion.
+
+    Args:
+        unet: of pictures.
+        sample: (N, 4, F, 16, 16).
+        timesteps: (N,).
+        embeds: (N, L, C).
+    """
+    count, frames = sample.shape[0], sample.shape[2]
+    temb = unet.time_embedding(unet.time_proj(timesteps).to(sample.dtype))
+    each_temb, each_text = (part.repeat_interleave(frames, 0) for part in (temb, embeds))
+    hidden = unet.conv_in(sample.transpose(1, 2).flatten(0, 1))
+    kept = []
+    for block in unet.down_blocks:
+        text = {"encoder_hidden_states": each_text} if getattr(block, "has_cross_attention", False) else {}
+        hidden, residuals = block(hidden, each_temb, **text)
+        kept.extend(residuals)
+    smaller = [part for part in kept if part.shape[-1] < sample.shape[-1]]
+    own = [part.unflatten(0, (count, frames)) for part in (hidden, *smaller)]
+    return Lower(own[0], temb, embeds, tuple(own[1:]))
+
+
+def layout(unet: UNetMotionModel, given: Lower) -> None:
+    """The middle and the way up but for its last block, for those that see features there.
+
+    Args:
+        unet: of clips.
+        given: of frames that `FramePositions` knows, in fp32.
+    """
+    frames = given.hidden.shape[1]
+    each = given.map(lambda part: part.repeat_interleave(frames, 0), lambda part: part.flatten(0, 1))
+    text = {"encoder_hidden_states": each.embeds}
+    hidden, residuals = unet.mid_block(each.hidden, each.temb, num_frames=frames, **text), each.residuals
+    for block in unet.up_blocks[:-1]:
+        own, residuals = residuals[-len(block.resnets) :], residuals[: -len(block.resnets)]
+        of_text = text if getattr(block, "has_cross_attention", False) else {}
+        hidden = block(hidden, temb=each.temb, res_hidden_states_tuple=own, num_frames=frames, **of_text)
+
+
+# ---------------------------------------------------------------------------------------------- training
 
 
 def clip_moments(vae: AutoencoderKL, count: int) -> dict[str, torch.Tensor]:
@@ -157,80 +248,140 @@ def clip_moments(vae: AutoencoderKL, count: int) -> dict[str, torch.Tensor]:
     return cached_moments(vae, count * NUM_FRAMES, drawn, "clips")
 
 
+class Lesson:
+    """What the stages share: the networks, the training clips, and the two losses.
+
+    Args:
+        pipe: whose text encoder knows the words of motion.
+        count: of clips whose frames are encoded; as many others are only ever shown as pure noise.
+        device: where to train.
+    """
+
+    def __init__(self, pipe: StableDiffusionPipeline, count: int, device: torch.device):
+        self.pipe, self.count, self.device = pipe.to(device), count, device
+        pipe.text_encoder.requires_grad_(False)
+        pipe.unet.requires_grad_(False)
+        self.unet = UNetMotionModel.from_unet2d(pipe.unet, build_motion_adapter()).requires_grad_(False).to(device)
+        if device.type == "cpu":
+            use_plain_attention(pipe.unet)
+            use_plain_attention(self.unet)
+        middle, up = self.unet.mid_block, self.unet.up_blocks
+        beside_text = [module for block in up[:-1] for module in block.motion_modules]
+        self.places = Heads(beside_text, 1).to(device)
+        self.moved = Heads([*middle.motion_modules, *up[0].motion_modules], len(UNITS)).to(device)
+        self.modules = nn.ModuleList([middle.motion_modules, *(block.motion_modules for block in up)])
+        self.positions = FramePositions(self.unet)
+        self.moments = clip_moments(pipe.vae, count)
+        self.clips = [sample_clip(MOTION_TRAIN_SEED, i) for i in range(2 * count)]
+        self.maps, self.amounts = covered(self.clips), moved(self.clips)
+
+    def latents(self, which: torch.Tensor, frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Of clips that are encoded, (N, 4, frames, 16, 16)."""
+        numbers = (which[:, None] * NUM_FRAMES + frames).flatten()
+        return batch_as_frames(drawn_latents(self.moments, numbers, self.pipe.vae, generator), len(which))
+
+    def embeds(self, texts: list[str]) -> torch.Tensor:
+        ids = tokens(self.pipe.tokenizer, texts).to(self.device)
+        with torch.no_grad():
+            return self.pipe.text_encoder(ids).last_hidden_state
+
+    def keep(self, batch: int = 8) -> Lower:
+        """Of every clip, as noisy as where its layout is decided, what the way down makes of it and of a caption."""
+        parts: list[Lower] = []
+        for start in tqdm(range(0, len(self.clips), batch), desc="keep features", mininterval=2.0):
+            which = torch.arange(start, min(start + batch, len(self.clips)))
+            generator, rng = torch.Generator().manual_seed(start), np.random.default_rng(start)
+            if start + batch <= self.count:
+                given = noised(self.latents(which, torch.arange(NUM_FRAMES), generator), self.pipe.scheduler, generator, NOISY)
+            else:
+                nothing = torch.zeros(len(which), 4, NUM_FRAMES, IMAGE_SIZE // LATENT, IMAGE_SIZE // LATENT)
+                given = noised(nothing, self.pipe.scheduler, generator, BLANK)
+            embeds = self.embeds([moving.caption(self.clips[i], rng, OMIT) for i in which.tolist()])
+            with fast_autocast(self.device.type):
+                made = lower(self.pipe.unet, given.sample.to(self.device), given.timesteps.to(self.device), embeds)
+            parts.append(made.map(torch.Tensor.half, torch.Tensor.half))
+        residuals = zip(*(part.residuals for part in parts), strict=True)
+        shared = (torch.cat([getattr(part, name) for part in parts]) for name in ("hidden", "temb", "embeds"))
+        return Lower(*shared, tuple(map(torch.cat, residuals)))
+
+    def asked(self, which: torch.Tensor, said: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The losses of reading places and motion; nobody knows of clips without words, which are not `said`, (N,)."""
+        frames = self.positions.frames
+        each = said.float().repeat_interleave(len(frames)).to(self.device)
+        maps, amounts = (part[which][:, frames].float().flatten(0, 1).to(self.device) for part in (self.maps, self.amounts))
+        return place_loss(self.places, maps, each), moved_loss(self.moved, amounts, each)
+
+    def layout_losses(self, kept: Lower, frames: int, batch: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        """Of places and of motion, on kept features."""
+        which = torch.randint(len(self.clips), (batch,), generator=generator)
+        shown = random_frames(frames, generator)
+        self.positions.frames = shown
+        given = kept.map(lambda part: part[which].float(), lambda part: part[which][:, shown].float())
+        with fast_autocast(self.device.type):
+            layout(self.unet, given)
+        return self.asked(which, torch.ones(batch, dtype=torch.bool))
+
+    def picture_loss(self, stage: Stage, generator: torch.Generator) -> torch.Tensor:
+        """Of the noise, and of what is asked beside it."""
+        which = torch.randint(self.count, (stage.batch,), generator=generator)
+        self.positions.frames = random_frames(stage.frames, generator)
+        given = noised(self.latents(which, self.positions.frames, generator), self.pipe.scheduler, generator, ALL)
+        given = type(given)(*(part.to(self.device) for part in given))
+        rng = np.random.default_rng(torch.randint(2**62, (), generator=generator).item())
+        clips = [self.clips[i] for i in which.tolist()]
+        texts = ["" if rng.random() < CAPTION_DROPOUT else moving.caption(clip, rng, OMIT) for clip in clips]
+        embeds = self.embeds(texts).repeat_interleave(stage.frames, 0)
+        with fast_autocast(self.device.type):
+            predicted = self.unet(given.sample, given.timesteps, embeds).sample
+        place, motion = self.asked(which, torch.tensor([bool(text) for text in texts]))
+        return denoising_loss(predicted, given) + PLACE_WEIGHT * place + MOVED_WEIGHT * motion
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clips", type=int, default=4096)
+    parser.add_argument("--clips", type=int, default=768)
     args = parser.parse_args()
 
     keep_freed_memory()
     torch.manual_seed(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pipe = load_pipeline().to(device)
-    tokenizer, text_encoder, vae, scheduler = pipe.tokenizer, pipe.text_encoder, pipe.vae, pipe.scheduler
-    words = load_words()
-    add_words(tokenizer, text_encoder, words)
-    text_encoder.requires_grad_(False).set_attn_implementation("eager")
-    moments = clip_moments(vae, args.clips)
-    unet = UNetMotionModel.from_unet2d(pipe.unet, build_motion_adapter()).requires_grad_(False).to(device)
-    if device.type == "cpu":
-        use_plain_attention(unet)
-    student = Moves(unet, WordRows(tokenizer, text_encoder, list(words)))
-    clips = [sample_clip(MOTION_TRAIN_SEED, i) for i in range(args.clips)]
+    if not has_bfloat16():  # which Muon computes in, unless told
+        muon.zeropower_via_newtonschulz = partial(muon.zeropower_via_newtonschulz, dtype=torch.float32)
+    pipe = load_pipeline()
+    add_words(pipe.tokenizer, pipe.text_encoder, load_words())
+    lesson = Lesson(pipe, args.clips, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    kept = lesson.keep()
 
-    of_kinds = {
-        stage.kinds: torch.tensor([i for i, clip in enumerate(clips) if clip.motion.kind in stage.kinds]) for stage in STAGES
-    }
-    positions, heads, maps = FramePositions(unet), PlaceHeads(unet).to(device), covered(clips)
-
-    def losses(generator: torch.Generator, stage: Stage) -> tuple[torch.Tensor, torch.Tensor]:
-        among = of_kinds[stage.kinds]
-        which = among[torch.randint(len(among), (stage.batch,), generator=generator)]
-        positions.frames = random_frames(stage.frames, generator)
-        frames = (which[:, None] * NUM_FRAMES + positions.frames).flatten()
-        latents = batch_as_frames(drawn_latents(moments, frames, vae, generator), stage.batch)
-        given = Noised(*(part.to(device) for part in noised(latents, scheduler, generator, stage.layout)))
-        rng = np.random.default_rng(torch.randint(2**62, (), generator=generator).item())
-        shown = [clips[i] for i in which.tolist()]
-        texts = ["" if rng.random() < CAPTION_DROPOUT else moving.caption(clip, rng, OMIT) for clip in shown]
-        with fast_autocast(device.type):
-            embeds = student.rows.encode(tokens(tokenizer, texts))
-            predicted = unet(given.sample, given.timesteps, embeds.repeat_interleave(stage.frames, 0)).sample
-        said = torch.tensor([bool(text) for text in texts])  # nobody knows of clips without words
-        asked = torch.where(said[:, None, None, None], maps[which][:, positions.frames].float(), -1.0)
-        return denoising_loss(predicted, given), heads(asked.flatten(0, 1).to(device))
-
-    def places(generator: torch.Generator) -> torch.Tensor:
-        return losses(generator, replace(STAGES[-1], batch=HEADS_BATCH))[1]
-
-    def both(generator: torch.Generator, stage: Stage) -> torch.Tensor:
-        prediction, place = losses(generator, stage)
-        return prediction + PLACE_WEIGHT * place
-
-    student.requires_grad_(False)
     train(
-        heads,
-        places,
-        steps=HEADS_STEPS,
-        peak_learning_rate=HEADS_LEARNING_RATE,
+        lesson.places,
+        lambda generator: lesson.layout_losses(kept, 4, 8, generator)[0],
+        steps=PLACES_STEPS,
+        peak_learning_rate=PLACES_LEARNING_RATE,
         checkpoint=RUNS_DIR / "motion-places.safetensors",
         average_decay=0.98,
     )
-    heads.requires_grad_(False)
-    student.requires_grad_(True)
-    for number, stage in enumerate(STAGES):
+    lesson.places.requires_grad_(False)
+    lesson.modules.requires_grad_(True)
+    student = nn.ModuleList([lesson.modules, lesson.moved])
+
+    def layout_loss(stage: Stage, generator: torch.Generator) -> torch.Tensor:
+        place, motion = lesson.layout_losses(kept, stage.frames, stage.batch, generator)
+        return PLACE_WEIGHT * place + MOVED_WEIGHT * motion
+
+    stages = [(stage, partial(layout_loss, stage)) for stage in LAYOUT]
+    stages += [(stage, partial(lesson.picture_loss, stage)) for stage in PICTURES]
+    for number, (stage, loss) in enumerate(stages):
         train(
             student,
-            partial(both, stage=stage),
+            loss,
             steps=stage.steps,
             peak_learning_rate=stage.learning_rate,
             checkpoint=RUNS_DIR / f"motion-{stage.name}.safetensors",
             seed=number,
             warmup=20,
+            optimizer_of=MUON,
         )
-    unet.save_motion_modules(MOTION_DIR)
+    lesson.unet.save_motion_modules(MOTION_DIR)
     MotionAdapter.from_pretrained(MOTION_DIR).half().save_pretrained(MOTION_DIR)
-    rows = {word: row.detach().half().cpu() for word, row in zip(words, student.rows.rows, strict=True)}
-    write_safetensors(rows, MOTION_DIR / "words.safetensors", {})
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from lora_training.checkpoint import load_checkpoint, save_checkpoint
 from lora_training.randomness import generator_of, seed_of
 
 LossFunction = Callable[[torch.Generator], torch.Tensor]
+ADAMW = partial(torch.optim.AdamW, lr=0.0, betas=(0.9, 0.99), weight_decay=1e-2)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
@@ -39,6 +41,7 @@ def train(
     seed: int = 0,
     warmup: int = 100,
     average_decay: float = 0.999,
+    optimizer_of: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] = ADAMW,
     checkpoint_seconds: float = 120.0,
 ) -> None:
     """Minimise `loss_function`; at the end `module` holds the averaged weights.
@@ -47,13 +50,14 @@ def train(
         module: everything that is trained.
         loss_function: takes a CPU generator seeded for this step, returns a scalar.
         steps: optimisation steps in all; a checkpoint of an earlier run is continued.
-        peak_learning_rate: AdamW's learning rate after warm-up.
+        peak_learning_rate: after warm-up.
         warmup: steps until then.
+        optimizer_of: makes one of parameters; the learning rate of all its groups is set at every step.
         checkpoint: safetensors file of weights, average and optimiser state, rewritten every `checkpoint_seconds`.
     """
     parameters = dict(module.named_parameters())
     average = {name: p.detach().clone() for name, p in parameters.items()}
-    optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=1e-2)
+    optimizer = optimizer_of(module.parameters())
     first = load_checkpoint(checkpoint, parameters, optimizer, average) if checkpoint.exists() else 0
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=checkpoint.stem, mininterval=2.0)
     smoothed, last_save = None, time.monotonic()

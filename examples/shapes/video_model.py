@@ -22,13 +22,11 @@ from model import MOTION_DIR, load_pipeline
 from moving import NUM_FRAMES, Clip, sample_clip
 from scenes import IMAGE_SIZE, MOTION_TEST_SEED
 
-WORDS_FILE = MOTION_DIR / "words.safetensors"
-
 
 def load_image_pipeline() -> StableDiffusionPipeline:
     """The shapes pipeline whose text encoder knows the words of motion, in float32."""
     pipe = load_pipeline()
-    add_words(pipe.tokenizer, pipe.text_encoder, load_words(WORDS_FILE))
+    add_words(pipe.tokenizer, pipe.text_encoder, load_words())
     return pipe
 
 
