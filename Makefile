@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 LOWEST := .venv-lowest
 LOWEST_STAMP := $(LOWEST)/.installed
 
-.PHONY: help install test test-hard test-lowest lint types demo demo-edit demo-video report bench shapes shapes_xl adapters adapter_xl clean
+.PHONY: help install test test-hard test-lowest lint types demo demo-edit demo-video report bench shapes shapes_video shapes_xl adapters adapters_video adapter_xl clean
 
 help: ## what can be made
 	@grep -E '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -54,6 +54,10 @@ report: $(STAMP) ## docs/results.md: every claim measured on the shapes model; a
 	$(PY) examples/shapes/write_prompts.py outputs/shapes_pairs.jsonl --count 128
 	ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 $(PY) -m accelerate.commands.launch \
 		--config_file examples/accelerate/two_processes_cpu.yaml -m lora_training.evaluation examples/evaluation/shapes.yaml
+	$(PY) examples/shapes/write_prompts.py outputs/shapes_video_prompts.txt --moving --count 32
+	$(PY) examples/shapes/video_model.py outputs/shapes_video_model
+	ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 $(PY) -m accelerate.commands.launch \
+		--config_file examples/accelerate/two_processes_cpu.yaml -m lora_training.evaluation examples/evaluation/shapes_video.yaml
 	$(PY) examples/shapes/report.py
 
 bench: $(STAMP) ## the tables in benchmarks/README.md and docs/editing.md; hours
@@ -69,6 +73,18 @@ shapes: $(STAMP) ## train and measure the shapes model again
 	$(PY) examples/shapes/train_classifier.py
 	$(PY) examples/shapes/train_denoiser.py
 	$(PY) examples/shapes/measure_teacher.py
+
+shapes_video: $(STAMP) ## train and measure the words of motion and the motion modules again; hours
+	$(PY) examples/shapes/motion_words.py
+	$(PY) examples/shapes/train_motion.py
+	$(PY) examples/shapes/measure_motion.py
+
+adapters_video: $(STAMP) ## distil the adapters for clips again; an hour
+	$(PY) examples/shapes/video_model.py outputs/shapes_video_model
+	$(PY) examples/shapes/write_clips.py outputs/shapes_clips --count 1024
+	for name in pcm4 lcm; do $(PY) lora_training/train.py --config examples/configs/shapes_video_$$name.yaml || exit; done
+	cp outputs/shapes_video_pcm_4phase.safetensors examples/shapes/adapters/video_pcm_4phase.safetensors
+	cp outputs/shapes_video_lcm.safetensors examples/shapes/adapters/video_lcm.safetensors
 
 shapes_xl: $(STAMP) ## train and measure the shapes model of SDXL's shape again
 	$(PY) examples/shapes/train_xl.py

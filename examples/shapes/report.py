@@ -45,7 +45,7 @@ DISTILLED_RIVALS = ("LCM", "LCM, guidance 1", "LCM, by LCMScheduler")
 ALONE = "PCM, 4 phases"
 MATCHED = {1: "PCM, 1 phase", 2: "PCM, 2 phases", 4: ALONE, 8: "PCM, 8 phases", 16: "PCM, 8 phases"}  # by steps
 SEARCHED = FIGURES / "timesteps" / f"{ALONE}-8-steps-frechet_distance.json"  # written by `lora_training.evaluation.search`
-TIMES, SETTINGS = "Sampling times", "Settings of training, one changed at a time"  # sections of what is kept in FIGURES
+TIMES, CLIPS, SETTINGS = "Sampling times", "Clips", "Settings of training, one changed at a time"  # sections of their own
 Row = dict[str, Any]
 Figures = dict[str, Row]  # of ablations, by name
 
@@ -439,7 +439,7 @@ noise leaves the ODE by it, so there a single step is measured alone.
 
 {searched_times()}
 
-## Clips
+## {CLIPS}
 
 {clips(video_report)}
 
@@ -488,19 +488,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
     parser.add_argument("--config", type=Path, default=CONFIG, help="of the evaluation")
-    parser.add_argument("--kept", action="store_true", help="write only the sections that need no evaluation anew")
+    parser.add_argument("--kept", action="store_true", help="write only the sections that need no new evaluation of pictures")
     args = parser.parse_args()
     document_file = args.out / "results.md"
     figures = {variant.name: found for variant in variants() if (found := figures_of(variant))}
+    video_report = Path(yaml.safe_load(VIDEO_CONFIG.read_text(encoding="utf-8"))["output"]) / "report.json"
     print(f"{document_file}: {len(figures)} of {len(variants())} variants have figures in {FIGURES}")
     if args.kept:
         sections = {TIMES: searched_times(), SETTINGS: settings_of_training(figures)}
+        if video_report.exists():
+            sections[CLIPS] = clips(video_report)
         write_text(document_file, with_sections(document_file.read_text(encoding="utf-8"), sections))
         return
     config = parse(["--config", str(args.config)])
     report = json.loads((Path(config.output) / "report.json").read_text(encoding="utf-8"))
     config = dataclasses.replace(config, precision=report["config"]["precision"])  # which is the processor's
-    video_report = Path(yaml.safe_load(VIDEO_CONFIG.read_text(encoding="utf-8"))["output"]) / "report.json"
     with safe_open(TEACHER_STATISTICS, framework="pt") as file:
         floor = float(file.metadata()["floor"])
     save(contact_sheet(sheet_rows(config)), args.out / "contact_sheet.png")

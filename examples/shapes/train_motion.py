@@ -1,4 +1,4 @@
-"""Train AnimateDiff's motion modules for the shapes UNet, whose own weights stay: two hours on two cores, minutes on a GPU.
+"""Train AnimateDiff's motion modules for the shapes UNet, whose own weights stay: over an hour on two cores with bfloat16.
 
 What a frame must look like depends on the words of motion and on the frame's position together, and neither is worth anything
 alone. From the noise prediction by itself the modules learn that product in thousands of steps, if at all. So they are asked
@@ -12,7 +12,7 @@ where they change nothing; what the middle and the way up are given is then the 
 
     1. places: linear layers learn to read places;
     2. layout: the modules learn what they are asked, from kept features, at the noise levels where it is decided;
-    3. pictures: they learn to predict noise, at all levels, and are asked the same beside it.
+    3. pictures: they learn to predict noise, at all levels and then where forms are decided, and are asked the same beside it.
 
     python examples/shapes/train_motion.py
 """
@@ -23,7 +23,7 @@ import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -51,7 +51,8 @@ PLACE_WEIGHT, MOVED_WEIGHT = 5.0, 1.0  # of what modules are asked, beside the n
 # AdamW needs over half as many steps again; what is no matrix has it, at a tenth of the learning rate
 MUON = partial(Muon, adjust_lr_fn="original", nesterov=True, weight_decay=0.1, betas=(0.9, 0.99), fallback_lr_scale=0.1)
 PLACES_STEPS, PLACES_LEARNING_RATE = 200, 5e-3
-BLANK, NOISY, ALL = Layout(nothing=1.0), Layout(nothing=0.0, noisy=1.0, least=700), Layout()
+# where layout is decided, by noise alone and by what is seen through it; at all levels; where forms are decided too
+BLANK, NOISY, ALL, FORMS = Layout(nothing=1.0), Layout(nothing=0.0, noisy=1.0, least=700), Layout(), Layout(0.1, 0.6, least=300)
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class Stage:
     learning_rate: float
     frames: int  # of each clip
     batch: int  # clips
+    levels: Layout = ALL  # of noise, where clips are noised anew
+    clips: int = 768  # so many different ones
 
 
 LAYOUT = (
@@ -71,8 +74,10 @@ LAYOUT = (
 )
 PICTURES = (
     Stage("pictures", steps=1000, learning_rate=5e-3, frames=4, batch=16),
-    Stage("pictures-all-frames", steps=500, learning_rate=3e-3, frames=NUM_FRAMES, batch=4),
+    Stage("forms", steps=1100, learning_rate=5e-3, frames=8, batch=8, levels=FORMS, clips=2048),
+    Stage("all-frames", steps=200, learning_rate=2e-3, frames=NUM_FRAMES, batch=4, levels=FORMS, clips=2048),
 )
+CLIPS = max(stage.clips for stage in PICTURES)
 
 
 # ---------------------------------------------------------------------------------------------- frames and what is true of them
@@ -253,12 +258,11 @@ class Lesson:
 
     Args:
         pipe: whose text encoder knows the words of motion.
-        count: of clips whose frames are encoded; as many others are only ever shown as pure noise.
         device: where to train.
     """
 
-    def __init__(self, pipe: StableDiffusionPipeline, count: int, device: torch.device):
-        self.pipe, self.count, self.device = pipe.to(device), count, device
+    def __init__(self, pipe: StableDiffusionPipeline, device: torch.device):
+        self.pipe, self.device = pipe.to(device), device
         pipe.text_encoder.requires_grad_(False)
         pipe.unet.requires_grad_(False)
         self.unet = UNetMotionModel.from_unet2d(pipe.unet, build_motion_adapter()).requires_grad_(False).to(device)
@@ -271,8 +275,8 @@ class Lesson:
         self.moved = Heads([*middle.motion_modules, *up[0].motion_modules], len(UNITS)).to(device)
         self.modules = nn.ModuleList([middle.motion_modules, *(block.motion_modules for block in up)])
         self.positions = FramePositions(self.unet)
-        self.moments = clip_moments(pipe.vae, count)
-        self.clips = [sample_clip(MOTION_TRAIN_SEED, i) for i in range(2 * count)]
+        self.moments = clip_moments(pipe.vae, CLIPS)
+        self.clips = [sample_clip(MOTION_TRAIN_SEED, i) for i in range(CLIPS)]
         self.maps, self.amounts = covered(self.clips), moved(self.clips)
 
     def latents(self, which: torch.Tensor, frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -285,13 +289,13 @@ class Lesson:
         with torch.no_grad():
             return self.pipe.text_encoder(ids).last_hidden_state
 
-    def keep(self, batch: int = 8) -> Lower:
-        """Of every clip, as noisy as where its layout is decided, what the way down makes of it and of a caption."""
+    def keep(self, count: int, batch: int = 8) -> Lower:
+        """What the way down makes of `count` clips, as noisy as where layout is decided, and as many of pure noise."""
         parts: list[Lower] = []
-        for start in tqdm(range(0, len(self.clips), batch), desc="keep features", mininterval=2.0):
-            which = torch.arange(start, min(start + batch, len(self.clips)))
+        for start in tqdm(range(0, 2 * count, batch), desc="keep features", mininterval=2.0):
+            which = torch.arange(start, min(start + batch, 2 * count))
             generator, rng = torch.Generator().manual_seed(start), np.random.default_rng(start)
-            if start + batch <= self.count:
+            if start + batch <= count:
                 given = noised(self.latents(which, torch.arange(NUM_FRAMES), generator), self.pipe.scheduler, generator, NOISY)
             else:
                 nothing = torch.zeros(len(which), 4, NUM_FRAMES, IMAGE_SIZE // LATENT, IMAGE_SIZE // LATENT)
@@ -313,7 +317,7 @@ class Lesson:
 
     def layout_losses(self, kept: Lower, frames: int, batch: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
         """Of places and of motion, on kept features."""
-        which = torch.randint(len(self.clips), (batch,), generator=generator)
+        which = torch.randint(len(kept.temb), (batch,), generator=generator)
         shown = random_frames(frames, generator)
         self.positions.frames = shown
         given = kept.map(lambda part: part[which].float(), lambda part: part[which][:, shown].float())
@@ -323,9 +327,9 @@ class Lesson:
 
     def picture_loss(self, stage: Stage, generator: torch.Generator) -> torch.Tensor:
         """Of the noise, and of what is asked beside it."""
-        which = torch.randint(self.count, (stage.batch,), generator=generator)
+        which = torch.randint(stage.clips, (stage.batch,), generator=generator)
         self.positions.frames = random_frames(stage.frames, generator)
-        given = noised(self.latents(which, self.positions.frames, generator), self.pipe.scheduler, generator, ALL)
+        given = noised(self.latents(which, self.positions.frames, generator), self.pipe.scheduler, generator, stage.levels)
         given = type(given)(*(part.to(self.device) for part in given))
         rng = np.random.default_rng(torch.randint(2**62, (), generator=generator).item())
         clips = [self.clips[i] for i in which.tolist()]
@@ -338,9 +342,7 @@ class Lesson:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clips", type=int, default=768)
-    args = parser.parse_args()
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 
     keep_freed_memory()
     torch.manual_seed(0)
@@ -348,12 +350,14 @@ def main() -> None:
         muon.zeropower_via_newtonschulz = partial(muon.zeropower_via_newtonschulz, dtype=torch.float32)
     pipe = load_pipeline()
     add_words(pipe.tokenizer, pipe.text_encoder, load_words())
-    lesson = Lesson(pipe, args.clips, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    kept = lesson.keep()
+    lesson = Lesson(pipe, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    kept = cache(
+        partial(lesson.keep, LAYOUT[0].clips)
+    )  # half a gigabyte and minutes, which a run that goes on after those stages does without
 
     train(
         lesson.places,
-        lambda generator: lesson.layout_losses(kept, 4, 8, generator)[0],
+        lambda generator: lesson.layout_losses(kept(), 4, 8, generator)[0],
         steps=PLACES_STEPS,
         peak_learning_rate=PLACES_LEARNING_RATE,
         checkpoint=RUNS_DIR / "motion-places.safetensors",
@@ -364,7 +368,7 @@ def main() -> None:
     student = nn.ModuleList([lesson.modules, lesson.moved])
 
     def layout_loss(stage: Stage, generator: torch.Generator) -> torch.Tensor:
-        place, motion = lesson.layout_losses(kept, stage.frames, stage.batch, generator)
+        place, motion = lesson.layout_losses(kept(), stage.frames, stage.batch, generator)
         return PLACE_WEIGHT * place + MOVED_WEIGHT * motion
 
     stages = [(stage, partial(layout_loss, stage)) for stage in LAYOUT]
