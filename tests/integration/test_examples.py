@@ -81,6 +81,15 @@ def test_an_adapter_of_ones_own_can_be_measured():
     assert re.search(r"pcm_4phase\.safetensors +4 +1 +\d+\.\d\d", table), table
 
 
+def test_the_sheet_of_clips_is_drawn_and_judged(tmp_path):
+    pytest.importorskip("av")
+    said = run(["examples/shapes/demo_video.py", "--clips", "1", "--out", str(tmp_path)])
+    assert re.search(r"^teacher +25 ", said, re.MULTILINE), said
+    assert len(re.findall(r"^(?:PCM|LCM) +[1248] ", said, re.MULTILINE)) == 8
+    with Image.open(tmp_path / "clips.webp") as sheet:
+        assert sheet.n_frames == 16
+
+
 def test_readme_python_runs(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert blocks

@@ -1,0 +1,97 @@
+"""That the shipped motion modules and adapters of clips do what is claimed, and train and sample as their files say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import video_model
+import yaml
+from diffusers import AnimateDiffPipeline, MotionAdapter
+from motion import measure_motion
+from safetensors import safe_open
+from video_model import clip_noise, draw_clips, load_video_pipeline
+from write_clips import write_folder
+
+from lora_training.loop import run
+from lora_training.train import parse
+from pcm_scheduler import PCMScheduler, load_pcm_lora
+
+from model import HERE, MOTION_DIR
+from moving import NUM_FRAMES
+
+EXAMPLES, ADAPTERS = HERE.parent, HERE / "adapters"
+VIDEO_ADAPTERS = ("video_pcm_4phase", "video_lcm")
+
+
+@pytest.fixture(scope="module")
+def pipe() -> AnimateDiffPipeline:
+    pipe = load_video_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_what_ships_is_small_and_of_half_precision():
+    files = [*MOTION_DIR.glob("*.safetensors"), *(ADAPTERS / f"{name}.safetensors" for name in VIDEO_ADAPTERS)]
+    assert len(files) == 3
+    for path in files:
+        assert path.stat().st_size < 8e6
+        with safe_open(path, framework="pt") as file:
+            assert {file.get_slice(key).get_dtype() for key in file.keys() if not key.endswith(".alpha")} == {"F16"}  # noqa: SIM118
+
+
+def test_motion_modules_have_animatediffs_layout():
+    adapter = MotionAdapter.from_pretrained(MOTION_DIR)
+    assert adapter.config.motion_max_seq_length >= NUM_FRAMES
+    names = set(adapter.state_dict())
+    assert any(name.startswith("mid_block.motion_modules.0.") for name in names)  # v2
+    assert all(torch.isfinite(p).all() for p in adapter.parameters())
+
+
+@pytest.mark.parametrize("name", VIDEO_ADAPTERS)
+def test_objects_go_where_the_words_say_in_four_steps(pipe, name):
+    """Opposite words from the same noise: the object's way differs by more than half the least that training clips have."""
+    settings = load_pcm_lora(pipe, ADAPTERS / f"{name}.safetensors", adapter_name=name)
+    assert isinstance(pipe.scheduler, PCMScheduler)
+    assert settings.grid.num_phases == {"video_pcm_4phase": 4, "video_lcm": 1}[name]
+    pipe.set_adapters(name)
+    texts = [
+        f"a large red square moving {way} fast in the center on a plain gray background" for way in ("leftward", "rightward")
+    ]
+    latents = clip_noise(1, 7).expand(2, -1, -1, -1, -1)
+    clips = draw_clips(pipe, texts, latents, 4, settings.guidance_scale, settings.eta)
+    left, right = measure_motion(clips.float() / 127.5 - 1, ["red", "red"])
+    assert left.displacement[0] < 0 < right.displacement[0]
+    assert right.displacement[0] - left.displacement[0] > 26
+
+
+def test_the_configuration_trains_on_clips(tmp_path, monkeypatch):
+    """What README runs, on few clips for two steps: the file it writes loads into the pipeline it was trained for."""
+    monkeypatch.chdir(EXAMPLES.parent)
+    folders = {part: str(tmp_path / part) for part in ("model", "clips", "cache")}
+    video_model.load_image_pipeline().to(dtype=torch.float16).save_pretrained(folders["model"])
+    write_folder(Path(folders["clips"]), 4)
+    given = ["--config", str(EXAMPLES / "configs" / "shapes_video_pcm4.yaml"), "--model.path", folders["model"]]
+    given += ["--data.path", folders["clips"], "--data.cache", folders["cache"], "--output", str(tmp_path / "of.safetensors")]
+    given += ["--optimizer.steps", "2", "--optimizer.warmup_steps", "1", "--optimizer.batch_size", "1"]
+    given += [
+        "--validation.steps",
+        "[4]",
+        "--validation.guidance_scales",
+        "[1.0]",
+        "--validation.prompts",
+        "[a red star going upward]",
+    ]
+    written = run(parse(given))
+    names = {path.name for path in tmp_path.glob("of*.safetensors")}
+    assert names == {f"of{part}.safetensors" for part in ("", "_motion", "_spatial")}
+    model = AnimateDiffPipeline.from_pretrained(folders["model"], motion_adapter=MotionAdapter.from_pretrained(MOTION_DIR))
+    assert load_pcm_lora(model, written).grid.num_phases == 4
+
+
+def test_the_evaluation_names_files_that_ship():
+    path = EXAMPLES / "evaluation" / "shapes_video.yaml"
+    named = [method["adapter"] for method in yaml.safe_load(path.read_text(encoding="utf-8"))["methods"] if "adapter" in method]
+    assert sorted(named) == sorted(f"examples/shapes/adapters/{name}.safetensors" for name in VIDEO_ADAPTERS)
+    assert all((EXAMPLES.parent / name).is_file() for name in named)
