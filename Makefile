@@ -6,6 +6,9 @@ STAMP := $(VENV)/.installed
 LOWEST := .venv-lowest
 LOWEST_STAMP := $(LOWEST)/.installed
 
+EVALUATE := ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 $(PY) -m accelerate.commands.launch \
+	--config_file examples/accelerate/two_processes_cpu.yaml -m lora_training.evaluation
+
 .PHONY: help install test test-hard test-lowest lint types demo demo-edit demo-video report bench shapes shapes_video shapes_xl adapters adapters_video adapter_xl clean
 
 help: ## what can be made
@@ -52,12 +55,10 @@ types: $(STAMP)
 report: $(STAMP) ## docs/results.md: every claim measured on the shapes model; an hour
 	$(PY) examples/shapes/write_prompts.py outputs/shapes_prompts.txt --count 512
 	$(PY) examples/shapes/write_prompts.py outputs/shapes_pairs.jsonl --count 128
-	ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 $(PY) -m accelerate.commands.launch \
-		--config_file examples/accelerate/two_processes_cpu.yaml -m lora_training.evaluation examples/evaluation/shapes.yaml
+	$(EVALUATE) examples/evaluation/shapes.yaml
 	$(PY) examples/shapes/write_prompts.py outputs/shapes_video_prompts.txt --moving --count 32
 	$(PY) examples/shapes/video_model.py outputs/shapes_video_model
-	ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 $(PY) -m accelerate.commands.launch \
-		--config_file examples/accelerate/two_processes_cpu.yaml -m lora_training.evaluation examples/evaluation/shapes_video.yaml
+	$(EVALUATE) examples/evaluation/shapes_video.yaml
 	$(PY) examples/shapes/report.py
 
 bench: $(STAMP) ## the tables in benchmarks/README.md and docs/editing.md; hours

@@ -6,6 +6,7 @@ python examples/shapes/measure_motion.py
 from __future__ import annotations
 
 import argparse
+import math
 from collections import defaultdict
 
 import torch
@@ -18,6 +19,7 @@ from lora_training.cpu import fast_precision, keep_freed_memory
 
 from model import MOTION_DIR
 from moving import KINDS, NUM_FRAMES
+from scenes import MOST_TILT
 
 STEPS, GUIDANCE_SCALE, NOISE = 25, 5.0, 1
 BAR = 0.85
@@ -46,7 +48,8 @@ colour that it never had in training. The motion is measured by following the ob
 
 Asked for: {100 * BAR:.0f}% over all. Motion and everything else that the prompt names, in the middle frame: {100 * whole:.1f}%.
 
-The image model was only ever shown objects within 13 degrees of upright, and its weights stay: turning is the hardest to draw.
+The image model was only ever shown objects within {math.degrees(MOST_TILT):.0f} degrees of upright, and its weights stay:
+turning is the hardest to draw.
 """
 
 

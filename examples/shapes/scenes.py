@@ -15,6 +15,7 @@ import torch
 
 IMAGE_SIZE = 128
 
+MOST_TILT = 0.22  # radians from upright
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "crescent")
 COLOURS = {
     "red": (222, 38, 38),
@@ -119,7 +120,7 @@ def draw_scene(rng: np.random.Generator, held_out: bool = False) -> Scene:
                 size=list(SIZES)[rng.integers(len(SIZES))],
                 place=place,
                 offset=(float(rng.uniform(-4, 4)), float(rng.uniform(-4, 4))),
-                angle=float(rng.uniform(-0.22, 0.22)),
+                angle=float(rng.uniform(-MOST_TILT, MOST_TILT)),
                 scale=float(rng.uniform(0.94, 1.06)),
                 shade=float(rng.uniform(-12, 12)),
             )

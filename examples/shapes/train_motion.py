@@ -51,8 +51,8 @@ PLACE_WEIGHT, MOVED_WEIGHT = 5.0, 1.0  # of what modules are asked, beside the n
 # AdamW needs over half as many steps again; what is no matrix has it, at a tenth of the learning rate
 MUON = partial(Muon, adjust_lr_fn="original", nesterov=True, weight_decay=0.1, betas=(0.9, 0.99), fallback_lr_scale=0.1)
 PLACES_STEPS, PLACES_LEARNING_RATE = 200, 5e-3
-# where layout is decided, by noise alone and by what is seen through it; at all levels; where forms are decided too
-BLANK, NOISY, ALL, FORMS = Layout(nothing=1.0), Layout(nothing=0.0, noisy=1.0, least=700), Layout(), Layout(0.1, 0.6, least=300)
+BLANK, NOISY, ALL = Layout(nothing=1.0), Layout(nothing=0.0, noisy=1.0, least=700), Layout()
+FORMS = Layout(nothing=0.1, noisy=0.6, least=300)  # forms are decided later than places
 
 
 @dataclass(frozen=True)
@@ -351,9 +351,7 @@ def main() -> None:
     pipe = load_pipeline()
     add_words(pipe.tokenizer, pipe.text_encoder, load_words())
     lesson = Lesson(pipe, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    kept = cache(
-        partial(lesson.keep, LAYOUT[0].clips)
-    )  # half a gigabyte and minutes, which a run that goes on after those stages does without
+    kept = cache(partial(lesson.keep, LAYOUT[0].clips))  # minutes that a run which goes on after those stages does without
 
     train(
         lesson.places,
@@ -385,7 +383,9 @@ def main() -> None:
             optimizer_of=MUON,
         )
     lesson.unet.save_motion_modules(MOTION_DIR)
-    MotionAdapter.from_pretrained(MOTION_DIR).half().save_pretrained(MOTION_DIR)
+    adapter = MotionAdapter.from_pretrained(MOTION_DIR).half()
+    adapter.register_to_config(_name_or_path="")  # no path of this machine in what ships
+    adapter.save_pretrained(MOTION_DIR)
 
 
 if __name__ == "__main__":

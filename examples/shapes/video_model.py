@@ -30,6 +30,11 @@ def load_image_pipeline() -> StableDiffusionPipeline:
     return pipe
 
 
+def write_image_model(folder: Path) -> None:
+    """What `model.path` of clips' configurations names, fp16."""
+    load_image_pipeline().to(dtype=torch.float16).save_pretrained(folder)
+
+
 def load_video_pipeline() -> AnimateDiffPipeline:
     """Clips of moving shapes, in float32."""
     image = load_image_pipeline()
@@ -100,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
-    load_image_pipeline().to(dtype=torch.float16).save_pretrained(args.folder)
+    write_image_model(args.folder)
 
 
 if __name__ == "__main__":
