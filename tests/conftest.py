@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -17,3 +19,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the netw
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def own_precision() -> Iterator[None]:
+    """For a test that trains in a precision of its own: accelerate keeps the first one of a process."""
+    from accelerate.state import AcceleratorState  # reads HF_HUB_OFFLINE, which is set above
+
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from training_runs import tiny_config, tiny_folder
 
 from lora_training import cpu
@@ -12,11 +11,9 @@ from lora_training.loop import Run
 
 
 @pytest.fixture(params=[True, False], ids=["with bfloat16", "without"])
-def native(request, monkeypatch):
+def native(request, monkeypatch, own_precision):
     monkeypatch.setattr(cpu, "has_bfloat16", lambda: request.param)
-    AcceleratorState._reset_state()  # a process has one precision otherwise
-    yield request.param
-    AcceleratorState._reset_state()
+    return request.param
 
 
 def test_a_run_computes_in_bfloat16_only_where_the_processor_does(native, tmp_path, capsys):

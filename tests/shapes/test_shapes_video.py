@@ -65,6 +65,7 @@ def test_objects_go_where_the_words_say_in_four_steps(pipe, name):
     assert right.displacement[0] - left.displacement[0] > 26
 
 
+@pytest.mark.usefixtures("own_precision")
 def test_the_configuration_trains_on_clips(tmp_path, monkeypatch):
     """What README runs, on few clips for two steps: the file it writes loads into the pipeline it was trained for."""
     monkeypatch.chdir(EXAMPLES.parent)
