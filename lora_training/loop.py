@@ -35,7 +35,7 @@ from .files import CannotWrite, check_writable, write_text, writing
 from .hub import push
 from .model_card import model_card
 from .objectives import ConsistencyObjective, sampling_eta, target_decay
-from .optimizers import build_optimizer, learning_rate
+from .optimizers import average_gradients, build_optimizer, learning_rate
 from .randomness import generator_of, seed_of
 from .sharding import shard_mesh, whole
 from .students import build_student
@@ -112,7 +112,7 @@ class Run:
         optimizer = build_optimizer(config.optimizer, self.student.parameters.values())
         if self.critic:
             optimizer.add_param_group({"params": list(self.critic.parameters.values()), "lr": config.adversarial.learning_rate})
-        # the UNet stays bare: only gradients of what is trained travel between processes, in _average_gradients or by FSDP
+        # the UNet stays bare: only gradients of what is trained travel between processes, in average_gradients or by FSDP
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.objectives = [ConsistencyObjective(self.backbone, grid, config.objective) for grid in self.grids]
 
@@ -175,7 +175,7 @@ class Run:
             return total
         parameters = list(self.parameters.values())
         if self.mesh is None:
-            _average_gradients(self.accelerator, parameters)
+            average_gradients(parameters)
         self.optimizer.param_groups[0]["lr"] = learning_rate(config.optimizer, step)  # the critic's own is constant
         norm = self.accelerator.clip_grad_norm_(self.student.parameters.values(), config.optimizer.max_grad_norm)
         if self.accelerator.scaler is None and not self._finite(norm):
@@ -451,13 +451,3 @@ def _plain(value: object) -> object:
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-def _average_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parameter]) -> None:
-    """Over processes, as one flat tensor; nothing to do in one process."""
-    if accelerator.num_processes == 1:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), reduction="mean")
-    parts = flat.split([g.numel() for g in gradients])
-    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])

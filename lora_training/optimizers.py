@@ -1,4 +1,4 @@
-"""The optimiser and the learning rate of a step."""
+"""The optimiser, the learning rate of a step, and gradients that several processes share."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from importlib import import_module
 from importlib.util import find_spec
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
 
 from .config import OptimizerConfig
 
@@ -43,3 +45,13 @@ def learning_rate(config: OptimizerConfig, step: int) -> float:
         return config.learning_rate
     done = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
     return config.learning_rate * (1 + math.cos(math.pi * done)) / 2
+
+
+def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Over processes, as one flat tensor; nothing to do in one process."""
+    if PartialState().num_processes == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = reduce(torch.cat([g.flatten() for g in gradients]), reduction="mean")
+    parts = flat.split([g.numel() for g in gradients])
+    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])

@@ -18,6 +18,7 @@ from pcm_scheduler.lora_file import write_safetensors
 
 from model import RUNS_DIR
 from scenes import TRAIN_SEED, Scene, caption, render, sample_scene
+from training import processes_here
 
 OMIT = 0.12  # each of size, place, background is left unsaid this often
 CAPTION_DROPOUT = 0.1  # for classifier-free guidance
@@ -29,7 +30,6 @@ def whole_scenes(indices: Sequence[int]) -> torch.Tensor:
     return render([sample_scene(TRAIN_SEED, i) for i in indices])
 
 
-@torch.no_grad()
 def cached_moments(
     vae: AutoencoderKL,
     count: int,
@@ -39,22 +39,28 @@ def cached_moments(
     """Mean and standard deviation of the latents of pictures 0..count - 1, (count, 4, 16, 16) each, fp16; from disk if there.
 
     Args:
-        vae: encodes.
+        vae: encodes; of several processes, the first one's.
         count: how many.
         pictures: draws the pictures of some numbers, (N, 3, 128, 128).
         name: of the file; what is drawn otherwise is called otherwise.
     """
     path = RUNS_DIR / f"{name}-{count}.safetensors"
-    if not path.exists():
-        parts: dict[str, list[torch.Tensor]] = {"mean": [], "std": []}
-        for j in tqdm(range(0, count, 64), desc="encode", mininterval=2.0):
-            images = pictures(range(j, min(j + 64, count)))
-            with fast_autocast(vae.device.type):
-                posterior = vae.encode(images.to(vae.device)).latent_dist
-            parts["mean"].append(posterior.mean.half().cpu())
-            parts["std"].append(posterior.std.half().cpu())
-        write_safetensors({name: torch.cat(tensors) for name, tensors in parts.items()}, path)
+    with processes_here().main_process_first():
+        if not path.exists():
+            write_safetensors(_moments(vae, count, pictures), path)
     return load_file(path)
+
+
+@torch.no_grad()
+def _moments(vae: AutoencoderKL, count: int, pictures: Callable[[Sequence[int]], torch.Tensor]) -> dict[str, torch.Tensor]:
+    parts: dict[str, list[torch.Tensor]] = {"mean": [], "std": []}
+    for j in tqdm(range(0, count, 64), desc="encode", mininterval=2.0):
+        images = pictures(range(j, min(j + 64, count)))
+        with fast_autocast(vae.device.type):
+            posterior = vae.encode(images.to(vae.device)).latent_dist
+        parts["mean"].append(posterior.mean.half().cpu())
+        parts["std"].append(posterior.std.half().cpu())
+    return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 
 def drawn_latents(

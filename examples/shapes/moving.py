@@ -51,6 +51,7 @@ KINDS = {
     "bouncing": Kind("bounces", _BOUNCES, ("bouncing",)),
     "still": Kind("", (), ("standing still", "resting")),
 }
+TURNING = ("clockwise", "counterclockwise")
 _DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 
@@ -88,7 +89,7 @@ def moved(obj: Object, motion: Motion, time: float) -> Object:
     if motion.kind in _DIRECTIONS:
         dx, dy = _DIRECTIONS[motion.kind]
         return replace(obj, offset=(x + dx * motion.amount * since, y + dy * motion.amount * since))
-    if motion.kind in ("clockwise", "counterclockwise"):
+    if motion.kind in TURNING:
         sense = 1 if motion.kind == "clockwise" else -1  # y points down
         return replace(obj, angle=obj.angle + sense * motion.amount * since)
     if motion.kind in ("growing", "shrinking"):
@@ -153,7 +154,7 @@ def sample_clip(seed: int, index: int, held_out: bool = False) -> Clip:
         scene = draw_scene(rng, held_out)
         if two != (len(scene.objects) == 2) or len({obj.colour for obj in scene.objects}) < len(scene.objects):
             continue
-        if kind.endswith("clockwise") and scene.objects[0].shape in ROUND_SHAPES:
+        if kind in TURNING and scene.objects[0].shape in ROUND_SHAPES:
             continue
         clip = Clip(scene, motion)
         if all(map(fits, frames(clip))):

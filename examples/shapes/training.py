@@ -1,7 +1,8 @@
-"""What the three shapes training scripts share: a seeded, resumable loop with an average of the weights.
+"""What the shapes training scripts share: a seeded, resumable loop with an average of the weights.
 
 Everything that a step needs is a function of (seed, step), so a run that is stopped and started again ends
-with the same weights as one that never stopped.
+with the same weights as one that never stopped. Processes that `accelerate launch` started share a step: each has numbers of
+its own, and all have the mean of their gradients.
 """
 
 from __future__ import annotations
@@ -13,14 +14,22 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 from tqdm import tqdm
 
 from lora_training.checkpoint import load_checkpoint, save_checkpoint
+from lora_training.optimizers import average_gradients
 from lora_training.randomness import generator_of, seed_of
 
 LossFunction = Callable[[torch.Generator], torch.Tensor]
 ADAMW = partial(torch.optim.AdamW, lr=0.0, betas=(0.9, 0.99), weight_decay=1e-2)
+
+
+def processes_here() -> PartialState:
+    """This process among those that `accelerate launch` started; alone without it."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
@@ -48,28 +57,34 @@ def train(
 
     Args:
         module: everything that is trained.
-        loss_function: takes a CPU generator seeded for this step, returns a scalar.
+        loss_function: takes a CPU generator seeded for this step and process, returns a scalar.
         steps: optimisation steps in all; a checkpoint of an earlier run is continued.
         peak_learning_rate: after warm-up.
         warmup: steps until then.
         optimizer_of: makes one of parameters; the learning rate of all its groups is set at every step.
         checkpoint: safetensors file of weights, average and optimiser state, rewritten every `checkpoint_seconds`.
     """
+    processes = processes_here()
+    own = (processes.process_index,) if processes.num_processes > 1 else ()
     parameters = dict(module.named_parameters())
     average = {name: p.detach().clone() for name, p in parameters.items()}
     optimizer = optimizer_of(module.parameters())
     first = load_checkpoint(checkpoint, parameters, optimizer, average) if checkpoint.exists() else 0
-    bar = tqdm(range(first, steps), initial=first, total=steps, desc=checkpoint.stem, mininterval=2.0)
+    bar = tqdm(
+        range(first, steps), initial=first, total=steps, desc=checkpoint.stem, mininterval=2.0,
+        disable=not processes.is_main_process,
+    )  # fmt: skip
     smoothed, last_save = None, time.monotonic()
     module.train()
     for step in bar:
-        generator = generator_of(seed, step)
-        torch.manual_seed(seed_of(seed, step))  # dropout
+        generator = generator_of(seed, step, *own)
+        torch.manual_seed(seed_of(seed, step, *own))  # dropout
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak_learning_rate, warmup)
         loss = loss_function(generator)
         optimizer.zero_grad()
         loss.backward()
+        average_gradients(parameters.values())
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         decay = min(average_decay, (1 + step) / (10 + step))
@@ -81,7 +96,7 @@ def train(
         smoothed = value if smoothed is None else 0.98 * smoothed + 0.02 * value
         bar.set_postfix(loss=f"{smoothed:.4f}", lr=f"{optimizer.param_groups[0]['lr']:.1e}", refresh=False)
         if time.monotonic() - last_save > checkpoint_seconds or step == steps - 1:
-            save_checkpoint(checkpoint, parameters, optimizer, step + 1, average)
+            save_checkpoint(checkpoint, parameters, optimizer, step + 1, average, write=processes.is_main_process)
             last_save = time.monotonic()
     with torch.no_grad():
         for name, p in module.named_parameters():
