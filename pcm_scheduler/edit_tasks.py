@@ -134,14 +134,17 @@ def draw(
 def inpainting(pictures: torch.Tensor, mask: torch.Tensor) -> Edit:
     """Draw the white part of the mask anew; the black part is kept, pixel for pixel, and grey shows so much of the new.
 
+    Of several pictures those whose mask is black come back as they were.
+
     Raises:
-        ValueError: a mask that leaves nothing to draw, or nothing to keep.
+        ValueError: masks that leave nothing to draw in any picture, or one that leaves nothing to keep.
     """
+    if mask.max() < BLACK:
+        which = f"All {len(mask)} masks are" if len(mask) > 1 else "The mask is"
+        raise ValueError(f"{which} black everywhere, so there is nothing to draw. White is drawn anew.")
     for i, one in enumerate(mask):
-        which = f"Mask {i}" if len(mask) > 1 else "The mask"
-        if one.max() < BLACK:
-            raise ValueError(f"{which} is black everywhere, so there is nothing to draw. White is drawn anew.")
         if one.min() >= BLACK:
+            which = f"Mask {i}" if len(mask) > 1 else "The mask"
             raise ValueError(f"{which} is black nowhere, so there is nothing to keep. Draw without a mask, or from strokes.")
     operator = KeepRegion(mask < BLACK, blend=mask)
     return Edit(operator, pictures, size_of(pictures), _filled(pictures, mask < 0.5), STRATEGIES["inpaint"])
@@ -191,6 +194,7 @@ def super_resolution(small: torch.Tensor, factor: int = 4, kernel: str = "mean")
     """
     if factor < 2 or int(factor) != factor:
         raise ValueError(f"factor is a whole number from 2; got {factor}.")
+    factor = int(factor)
     if kernel not in KERNELS:
         raise ValueError(f"kernel is {' or '.join(KERNELS)}; got {kernel!r}.")
     size = (small.shape[-2] * factor, small.shape[-1] * factor)
@@ -233,8 +237,8 @@ def denoising(pictures: torch.Tensor, noise_level: float | None, grid: PhaseGrid
 
 
 def free(count: int, size: tuple[int, int]) -> Edit:
-    """Pictures of which nothing is known."""
-    return Edit(Free(), torch.zeros(count, 0), size)
+    """Pictures of which nothing is known: plain sampling, in latents to its end."""
+    return Edit(Free(), torch.zeros(count, 0), size, strategy=Strategy("end"))
 
 
 def size_of(pictures: torch.Tensor) -> tuple[int, int]:

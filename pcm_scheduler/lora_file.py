@@ -533,10 +533,13 @@ def with_overrides(settings: AdapterSettings | None, **overrides: object) -> Ada
     """Settings with some entries replaced; `num_phases` stands for even edges.
 
     Raises:
-        ValueError: there is nothing to override and the overrides do not say the phases.
+        ValueError: there is nothing to override and the overrides do not say the phases; num_phases beside phase_edges; or
+            another number of solver steps, on whose grid the file's uneven edges are not.
     """
     num_phases = overrides.pop("num_phases", None)
     given = {k: v for k, v in overrides.items() if v is not None}
+    if num_phases is not None and "phase_edges" in given:
+        raise ValueError(f"num_phases={num_phases} stands for even edges, and phase_edges are given too: pass one of the two.")
     if settings is None and num_phases is None and "phase_edges" not in given:
         raise ValueError(
             "The file does not say how it was trained (no pcm.* header, no published name). "
@@ -544,12 +547,11 @@ def with_overrides(settings: AdapterSettings | None, **overrides: object) -> Ada
         )
     if settings is None:
         settings = AdapterSettings(base_model="sd15", phase_edges=(0, 999), num_solver_steps=50)
-        num_phases = num_phases if "phase_edges" not in given else None
-    if "num_solver_steps" in given and "phase_edges" not in given and num_phases is None:
+    solver_steps = given.get("num_solver_steps", settings.num_solver_steps)
+    if num_phases is None and "phase_edges" not in given and settings.grid.is_even:  # on another grid, even edges stay even
         num_phases = settings.grid.num_phases
     if num_phases is not None:
-        steps = given.get("num_solver_steps", settings.num_solver_steps)
-        given["phase_edges"] = PhaseGrid.even(num_phases, steps, settings.num_train_timesteps).edges  # type: ignore[arg-type]
+        given["phase_edges"] = PhaseGrid.even(num_phases, solver_steps, settings.num_train_timesteps).edges  # type: ignore[arg-type]
     return replace(settings, **given)  # type: ignore[arg-type]
 
 

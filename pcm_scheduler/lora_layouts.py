@@ -46,6 +46,7 @@ _DOTTED = re.compile(
     r"(?:unet\.|base_model\.model\.)*(.+?)(?:\.|_)"
     r"(lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?|lora\.down\.weight|lora\.up\.weight|alpha)"
 )
+_OTHERS = ("lora_", "text_encoder", "transformer.")  # of other networks than a UNet, or by other tools
 _LONGEST_NAME = 512  # of a tensor; diffusers' have up to 130 letters, and reading one takes longer than it is long
 _PARTS = {
     "lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha", "dora_scale": "magnitude",
@@ -161,7 +162,7 @@ def sort_tensors(tensors: Mapping[str, torch.Tensor], header: Mapping[str, str] 
         if match := _KOHYA.fullmatch(key):
             layouts.add("kohya")
             name = match[1]
-        elif (match := _DOTTED.fullmatch(key)) and not key.startswith(("lora_", "text_encoder")):
+        elif (match := _DOTTED.fullmatch(key)) and not key.startswith(_OTHERS):
             if "lora" in match[2]:
                 old = "animatediff" if ".temporal_transformer." in key else "diffusers-old"
                 layouts.add(old if match[2].startswith("lora.") else "diffusers")

@@ -386,7 +386,8 @@ class _Masked(_Single):
             size, mask_size = (f"{s[-2]} x {s[-1]}" for s in (shape, self._mask.shape))
             raise ValueError(f"The mask is {mask_size} and the picture {size} (height x width): resize one to the other.")
         if self._mask.shape[0] not in (1, shape[0]):
-            raise ValueError(f"There are {self._mask.shape[0]} masks for {shape[0]} pictures: pass one, or one for each.")
+            pictures = f"{shape[0]} picture{'s' * (shape[0] != 1)}"
+            raise ValueError(f"There are {self._mask.shape[0]} masks for {pictures}: pass one, or one for each.")
 
     def _channels_shape(self, y: torch.Tensor, channels: int) -> tuple[int, int, int, int]:
         if y.ndim != 4 or y.shape[1] != channels:
@@ -401,13 +402,14 @@ class KeepRegion(_Masked):
     one, where it fades: a decoder that shifts the colours a little then makes no seam.
 
     Args:
-        mask: shape (1 or N, 1, H, W), bool or 0/1; True is kept.
+        mask: shape (1 or N, 1, H, W), bool or 0/1; True is kept. Of several pictures some may be kept whole.
         ramp: how far `approach` reaches, in pixels: sigma of its smoothing; it ends at 3 ramps.
         blend: for soft masks, shape (1 or N, 1, H, W), in [0, 1]: how much of x a free pixel shows after `approach`; the rest
             is y's, which must then hold the whole picture. None: all of it.
 
     Raises:
-        ValueError: a mask of another shape or with other values, that keeps nothing or leaves nothing free; ramp <= 0.
+        ValueError: a mask of another shape or with other values, or that keeps nothing of a picture; masks that leave nothing
+            free in any; ramp <= 0.
     """
 
     hint = "The kept pixels must be in [-1, 1]: scale or clamp the picture."
@@ -418,9 +420,9 @@ class KeepRegion(_Masked):
         if blend is not None and blend.shape[-2:] != self._mask.shape[-2:]:
             raise ValueError(f"blend is {tuple(blend.shape)} and the mask {tuple(self._mask.shape)}: give them one size.")
         self.blend = blend
-        full = self._mask.flatten(1).all(1).nonzero().flatten().tolist()
-        if full:
-            raise ValueError(f"The mask of picture {full[0]} keeps every pixel, so nothing is left to edit: set some to False.")
+        if bool(self._mask.all()):
+            which = "The mask keeps every pixel" if len(self._mask) == 1 else f"All {len(self._mask)} masks keep every pixel"
+            raise ValueError(f"{which}, so nothing is left to edit: set some to False.")
         self.ramp = ramp
 
     @property

@@ -140,6 +140,11 @@ class PhaseGrid:
         """M."""
         return len(self.edge_indices) - 1
 
+    @property
+    def is_even(self) -> bool:
+        """Whether `even` makes it."""
+        return self == PhaseGrid.even(self.num_phases, self.num_solver_steps, self.num_train_timesteps)
+
     @cached_property
     def timesteps(self) -> tuple[int, ...]:
         """tau_0..tau_N, ascending, N + 1 integers."""

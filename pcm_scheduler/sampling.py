@@ -57,8 +57,14 @@ def jump(
         alpha, sigma: the level of t; sigma > 0.
         next_alpha, next_sigma: the level of s; numbers, or tensors that broadcast.
         eta: in [0, 1].
-        noise: z, same shape; needed when eta > 0.
+        noise: z, same shape; needed when eta > 0, unless s is the end.
+
+    Raises:
+        ValueError: eta out of range, or above 0 without noise.
     """
+    check_eta(eta)
+    if eta > 0 and noise is None and torch.as_tensor(next_sigma).any():
+        raise ValueError(f"eta is {eta:g}, so a part of the noise is drawn anew: pass it as noise.")
     kept, fresh = noise_fractions(eta)
     eps = (sample - alpha * x0) / sigma
     jumped = next_alpha * x0 + (next_sigma * kept) * eps

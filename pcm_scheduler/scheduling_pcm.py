@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -52,6 +52,11 @@ def _combine(x: torch.Tensor, a: Level, y: torch.Tensor, b: Level) -> torch.Tens
     if isinstance(b, torch.Tensor):
         return a * x + b * y
     return torch.mul(x, a).add_(y, alpha=b)
+
+
+def _is_of_flow_matching(config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler's config is of straight paths: such schedulers have a shift and no betas, or a flag."""
+    return bool(config.get("use_flow_sigmas")) or ("shift" in config and "beta_start" not in config)
 
 
 class PCMScheduler(SchedulerMixin, ConfigMixin):
@@ -163,7 +168,15 @@ class PCMScheduler(SchedulerMixin, ConfigMixin):
         Unlike diffusers' own, values that the source held by default are kept: an in-memory
         `DDIMScheduler(beta_schedule="linear")` stays at its betas of 1e-4 to 0.02. A new `num_phases` replaces `phase_edges`,
         and anything new about the grid drops `timesteps`, which were chosen on the old one.
+
+        Raises:
+            ValueError: the config of a scheduler for flow matching, which has another noise schedule.
         """
+        if isinstance(config, dict) and _is_of_flow_matching(config):
+            raise ValueError(
+                "This is the config of a scheduler for flow matching (Stable Diffusion 3, Flux and the like). PCMScheduler has "
+                "the noise of Stable Diffusion 1.5, SDXL and AnimateDiff, by which such a model draws nothing."
+            )
         in_memory = isinstance(config, dict) and "_use_default_values" in config
         if isinstance(config, dict):
             config = {key: value for key, value in config.items() if key != "_use_default_values"}
@@ -239,6 +252,8 @@ class PCMScheduler(SchedulerMixin, ConfigMixin):
         """
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("Pass either num_inference_steps or timesteps.")
+        if timesteps is not None and strength != 1:
+            raise ValueError(f"strength={strength} chooses among stops, and timesteps are all of them: pass one of the two.")
         if len(self.alphas_cumprod) != len(self):
             raise ValueError(
                 f"There are {len(self.alphas_cumprod)} betas for num_train_timesteps={len(self)}; they must be equally many."
@@ -255,7 +270,7 @@ class PCMScheduler(SchedulerMixin, ConfigMixin):
                     stacklevel=2,
                 )
         elif configured is not None and len(configured) == num_inference_steps and strength == 1:
-            stops = list(configured)
+            stops = self._check_timesteps(configured)
         else:
             stops = list(self.grid.sampling_timesteps(num_inference_steps, strength))
         proper = self.betas.max() <= 1  # others were warned about

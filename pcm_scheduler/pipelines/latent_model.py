@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -102,7 +103,8 @@ class LatentModel:
         """Encode N prompts.
 
         Args:
-            prompt, negative_prompt: N texts each; the negative ones are read with guidance only.
+            prompt, negative_prompt: N texts each; the negative ones are read with guidance only, and empty ones are zeros where
+                the pipeline's own are (`force_zeros_for_empty_prompt`, SDXL).
             guidance_scale: g; 1 leaves the unguided half out.
             size: (height, width) of the pictures, which SDXL is told.
         """
@@ -116,6 +118,9 @@ class LatentModel:
         added = None
         if self.is_xl:
             embeds, negative, pooled, negative_pooled = encoded
+            if guided and self.pipe.config.get("force_zeros_for_empty_prompt"):
+                said = torch.tensor([bool(text) for text in negative_prompt], device=negative.device)
+                negative, negative_pooled = negative * said[:, None, None], negative_pooled * said[:, None]
             rows = len(pooled) * (1 + guided)
             height, width = self.latent_size(size)
             frame = (height * self.scale, width * self.scale)
@@ -187,8 +192,20 @@ class LatentModel:
 
     @contextmanager
     def teacher(self) -> Iterator[None]:
-        """Within it the adapters are off and the UNet is the model's own; afterwards they are as they were."""
-        on = any(isinstance(m, BaseTunerLayer) and not m.disable_adapters for m in self.unet.modules())
+        """Within it the adapters are off and the UNet is the model's own; afterwards they are as they were.
+
+        Warns where there is no adapter to switch off: a UNet that was trained whole, or has an adapter merged into its weights,
+        jumps from phase to phase, and those jumps cannot be run backwards.
+        """
+        layers = [module for module in self.unet.modules() if isinstance(module, BaseTunerLayer)]
+        if not layers:
+            warnings.warn(
+                "The UNet has no adapter to switch off, so it is itself taken for the teacher that is run backwards. If it was "
+                "trained whole (load_pcm_unet) or an adapter is fused into it, pictures come back changed: load the adapter by "
+                "load_pcm_lora, and do not fuse it.",
+                stacklevel=2,
+            )
+        on = any(not layer.disable_adapters for layer in layers)
         if on:
             self.unet.disable_adapters()
         try:

@@ -8,7 +8,7 @@ from typing import Any
 
 from diffusers.utils import logging
 
-from ..lora_file import AdapterSettings, companion, read_lora, read_settings, with_overrides
+from ..lora_file import AdapterSettings, companion, read_lora, read_settings, read_tensors, with_overrides
 from ..lora_layouts import LoraTensors, is_motion, to_diffusers
 from .fitting import fitting_scheduler, local_file
 
@@ -41,8 +41,11 @@ def load_pcm_lora(
 
     Raises:
         ValueError: the file is not safetensors, neither it nor the caller says the phases, it was trained for another
-            prediction type or number of timesteps than the pipeline's, or it adapts motion modules that the pipeline has not.
+            prediction type or number of timesteps than the pipeline's or for another UNet, or it adapts motion modules that
+            the pipeline has not. The pipeline is then as it was.
     """
+    if not hasattr(pipe, "unet"):
+        raise ValueError(f"{type(pipe).__name__} has no UNet. PCM adapters here are for SD1.5, SDXL and AnimateDiff.")
     path = local_file(str(adapter), weight_name)
     stated = read_settings(path)
     settings = with_overrides(stated, num_phases=num_phases, phase_edges=phase_edges, num_solver_steps=num_solver_steps)
@@ -52,6 +55,7 @@ def load_pcm_lora(
     scheduler = fitting_scheduler(pipe, settings, path.name, stated=own)  # refuses before weights are touched
     lora = read_lora(path)
     _check_motion(pipe, lora, path)
+    _check_fit(pipe, lora, path)
     if adapter_name in {name for names in pipe.get_list_adapters().values() for name in names}:
         pipe.delete_adapters(adapter_name)
     _load_weights(pipe, lora, path, adapter_name)
@@ -83,23 +87,56 @@ def _check_motion(pipe: Any, lora: LoraTensors, path: Path) -> None:
     )
 
 
-def _load_weights(pipe: Any, lora: LoraTensors, path: Path, adapter_name: str) -> None:
-    """As diffusers loads it, unless that would lose something.
+def _check_fit(pipe: Any, lora: LoraTensors, path: Path) -> None:
+    """Refuse matrices that lack their match, and those of another model, before anything in the pipeline changes."""
+    for misfit in lora.misfits():
+        raise ValueError(f"{path.name}: {misfit}")
+    present = {name.replace(".", "_"): getattr(module, "base_layer", module) for name, module in pipe.unet.named_modules()}
+    found = [name for name in lora.modules if name in present]
+    for name in found:
+        weight, (down, up) = getattr(present[name], "weight", None), (lora.modules[name][part] for part in ("down", "up"))
+        if weight is None or not weight.is_floating_point():  # as quantised weights are, in shapes of their own
+            continue
+        of_model, of_file = tuple(weight.shape), (up.shape[0], *down.shape[1:])
+        if of_model != of_file:
+            raise ValueError(
+                f"{path.name} was trained for another model: its matrices for {name} make a weight of {of_file}, and in this "
+                f"{type(pipe.unet).__name__} it is {of_model}."
+            )
+    if not found and not _is_of_original(lora):
+        name = min(lora.modules)
+        raise ValueError(f"{path.name} adapts nothing that this {type(pipe.unet).__name__} has: {name} is not in it.")
 
-    Of kohya's layout diffusers (0.42) drops DoRA magnitudes, motion modules, and the alphas of attention modules where alphas
-    differ; of AnimateDiff's own it knows the attention modules only.
+
+def _is_of_original(lora: LoraTensors) -> bool:
+    """Whether modules are called as in the original UNet and not as in diffusers'."""
+    return any(name.startswith(("input_blocks_", "middle_block_", "output_blocks_")) for name in lora.modules)
+
+
+def _load_weights(pipe: Any, lora: LoraTensors, path: Path, adapter_name: str) -> None:
+    """Put a LoRA into the UNet, and what the file has for text encoders into those.
+
+    Not by `load_lora_weights` and the file's name: diffusers (0.42) takes keys without `unet.` for no LoRA at all, drops of
+    kohya's layout DoRA magnitudes, motion modules, and the alphas of attention modules where alphas differ, and hands what
+    the header says to PEFT, which runs its `rank_pattern` and `target_modules` as regular expressions. One may take years.
     """
-    alphas_differ = len({lora.alpha(name) for name in lora.modules}) > 1
-    lost_of_kohya = lora.has_magnitudes or alphas_differ or any(map(is_motion, lora.modules))
-    if "animatediff" in lora.layouts or ("kohya" in lora.layouts and lost_of_kohya):
-        tensors, metadata = to_diffusers(lora)
-        pipe.load_lora_into_unet(
-            tensors,
-            network_alphas=None,
-            unet=pipe.unet,
-            adapter_name=adapter_name,
-            metadata=json.loads(metadata),
-            _pipeline=pipe,
-        )
-    else:
-        pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=adapter_name)
+    tensors = read_tensors(path)[0]
+    if _is_of_original(lora):  # of which diffusers has the table
+        if lora.has_magnitudes or len({lora.alpha(name) for name in lora.modules}) > 1:
+            raise ValueError(f"{path.name} has DoRA magnitudes or several alphas under the original UNet's names: convert it.")
+        pipe.load_lora_weights(tensors, adapter_name=adapter_name)
+        return
+    whole, metadata = to_diffusers(lora)
+    pipe.load_lora_into_unet(
+        whole,
+        network_alphas=None,
+        unet=pipe.unet,
+        adapter_name=adapter_name,
+        metadata=json.loads(metadata),
+        _pipeline=pipe,
+    )
+    of_text = {key: tensors[key] for key in lora.strangers if key.startswith("text_encoder")}
+    if of_text:
+        pipe.load_lora_weights(of_text, adapter_name=adapter_name)
+    if left_out := [key for key in lora.strangers if key not in of_text]:
+        logger.warning(f"{len(left_out)} tensors of {path.name} are of no LoRA of a UNet and left out, such as {left_out[0]}.")

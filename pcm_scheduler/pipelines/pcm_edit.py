@@ -233,7 +233,8 @@ class PCMEditPipeline:
         levels = self.model.levels(range(1, grid.num_solver_steps + 1), ends_at_zero=False)
         ratios = [s / a for a, s in zip(levels.alphas, levels.sigmas, strict=True)]
         edit = denoising(self._pictures(image), noise_level, grid, ratios)
-        steps = options.pop("num_inference_steps", None) or self.num_inference_steps
+        asked = options.pop("num_inference_steps", None)
+        steps = self.num_inference_steps if asked is None else asked
         return self._edit(edit, {"num_inference_steps": min(steps, grid.start_point(edit.strength))} | options)
 
     # ------------------------------------------------------------------------------------------ through the noise

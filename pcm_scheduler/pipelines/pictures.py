@@ -30,7 +30,7 @@ def _array_to_tensor(array: np.ndarray) -> torch.Tensor:
 def _tensor(given: Pictures, name: str, colours: str) -> torch.Tensor:
     """(N, C, H, W) float32 in [0, 1]; PIL pictures are turned by their EXIF orientation and brought to `colours`."""
     if isinstance(given, Image.Image):
-        tensor = _array_to_tensor(np.asarray(ImageOps.exif_transpose(given).convert(colours)))
+        tensor = _array_to_tensor(np.asarray(_eight_bit(ImageOps.exif_transpose(given), name).convert(colours)))
     elif isinstance(given, np.ndarray):
         tensor = _array_to_tensor(given)
     elif isinstance(given, torch.Tensor):
@@ -55,6 +55,22 @@ def _tensor(given: Pictures, name: str, colours: str) -> torch.Tensor:
             "A picture in [-1, 1] becomes one with x / 2 + 0.5."
         )
     return tensor
+
+
+def _eight_bit(picture: Image.Image, name: str) -> Image.Image:
+    """Of 16 bits of grey the upper 8: PIL's own way to other modes makes all above 255 white.
+
+    Raises:
+        ValueError: integers or floats of no stated range.
+    """
+    if picture.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(picture).astype(np.float32) / 257).round().astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise ValueError(
+            f"{name} has PIL's mode {picture.mode}, which does not say what white is. Convert it to 8 bits, or pass floats in "
+            "[0, 1] as a numpy array."
+        )
+    return picture
 
 
 def to_pictures(given: Pictures, name: str = "image") -> torch.Tensor:

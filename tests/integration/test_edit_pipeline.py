@@ -198,6 +198,48 @@ def test_the_adapter_is_after_an_inversion_as_it_was_before(edit):
     assert not torch.equal(adapted, bare)
 
 
+def test_a_unet_without_an_adapter_is_no_teacher_of_its_own():
+    """One that was trained whole, or has an adapter in its weights, would be run backwards through its own jumps."""
+    pipe = load_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    settings = load_pcm_lora(pipe, ADAPTER)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    with pytest.warns(UserWarning, match="no adapter to switch off"):
+        PCMEditPipeline(pipe, settings).invert(scene_picture())
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_sampling_from_noise_is_what_the_pipeline_itself_draws(edit, steps):
+    """Nothing is measured, so nothing goes through pixels before the end."""
+    noise, options = edit.noise(2, (128, 128), seeded()), {"num_inference_steps": steps, "output_type": "pt"}
+    ours = edit.sample(noise, (128, 128), prompt=[words(0), words(1)], guidance_scale=1.5, **options).images
+    theirs = edit.pipe([words(0), words(1)], latents=noise, guidance_scale=1.5, height=128, width=128, **options).images
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("negative", ["", "blurry"])
+def test_guidance_of_sdxl_is_away_from_what_the_pipeline_itself_guides_away_from(edit_xl, negative):
+    """Which is zeros where no negative prompt is given, and not the embedding of no words."""
+    noise, options = (
+        edit_xl.noise(1, (128, 128), seeded()),
+        {"guidance_scale": 3.0, "num_inference_steps": 2, "output_type": "pt"},
+    )
+    ours = edit_xl.sample(noise, (128, 128), prompt=words(), negative_prompt=negative, **options).images
+    theirs = edit_xl.pipe(words(), latents=noise, negative_prompt=negative or None, height=128, width=128, **options).images
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_sixteen_bits_of_grey_are_read_as_such_and_what_states_no_range_is_refused():
+    ramp = np.linspace(0, 65535, 64 * 64).round().reshape(64, 64)
+    sixteen = to_pictures(Image.fromarray(ramp.astype(np.uint16)))
+    eight = to_pictures(Image.fromarray((ramp / 257).round().astype(np.uint8)))
+    assert torch.equal(sixteen, eight)
+    for kind in (np.int32, np.float32):
+        with pytest.raises(ValueError, match="does not say what white is"):
+            to_pictures(Image.fromarray(ramp.astype(kind)))
+
+
 def test_interpolation_ends_at_its_ends_and_variation_stays_near(edit):
     options = {"prompt": "a medium red star in the center", "num_inference_steps": 4, "output_type": "pt"}
     way = edit.interpolate(3, 4, count=4, size=(128, 128), **options).images

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -99,7 +100,8 @@ def test_denoising_starts_at_the_noises_own_level():
     [
         (lambda: inpainting(pictures(), torch.zeros(1, 1, *SIZE)), "nothing to draw"),
         (lambda: inpainting(pictures(), torch.ones(1, 1, *SIZE)), "nothing to keep"),
-        (lambda: inpainting(pictures(), torch.cat([mask(), torch.zeros(1, 1, *SIZE)])), "Mask 1 is black everywhere"),
+        (lambda: inpainting(pictures(), torch.cat([mask(), torch.ones(1, 1, *SIZE)])), "Mask 1 is black nowhere"),
+        (lambda: inpainting(pictures(), torch.zeros(2, 1, *SIZE)), "All 2 masks are black everywhere"),
         (lambda: colorization(pictures(), torch.ones(1, 1, *SIZE)), "no luminance is kept"),
         (lambda: outpainting(pictures()), "at least one of them more"),
         (lambda: outpainting(pictures(), left=-1), "0 or more"),
@@ -113,6 +115,20 @@ def test_denoising_starts_at_the_noises_own_level():
 def test_what_makes_no_sense_is_refused(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_frame_with_a_black_mask_comes_back_as_it_was(known):
+    """Bit for bit, beside one that is drawn; its mask has no more grey than a JPEG makes of black."""
+    frames, black = pictures(), torch.full((1, 1, *SIZE), 0.01, dtype=torch.float64)
+    edit = inpainting(frames, torch.cat([black, mask()]))
+    edit = replace(edit, strategy=replace(edit.strategy, known=known))
+    stops = [GRID.timesteps[n] for n in GRID.stops(4, edit.strength)]
+    levels = [*(SIGMAS[stops] / ALPHAS[stops]).tolist(), 0.0]
+    noises = torch.randn(5, 2, 3, *SIZE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    ours = drawn(edit, 4, 1.0, [1.0] * 5, levels, noises)
+    assert torch.equal(ours[0], frames[0])
+    assert (ours[1] - frames[1]).abs().mean() > 0.1
 
 
 def test_every_measured_task_has_a_strategy():

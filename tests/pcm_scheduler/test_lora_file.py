@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from lora_training.config import TARGET_SETS
 from pcm_scheduler import AdapterSettings, load_pcm_lora, read_settings
-from pcm_scheduler.lora_file import main, published_settings, read_adapter, write_adapter
+from pcm_scheduler.lora_file import main, published_settings, read_adapter, with_overrides, write_adapter
 from pcm_scheduler.phases import PhaseGrid
 
 from model import build_unet, load_pipeline
@@ -111,6 +111,21 @@ def test_overrides_win_over_the_header(adapter_file):
     pipe = load_pipeline()
     assert load_pcm_lora(pipe, adapter_file, num_phases=2).grid.num_phases == 2
     assert load_pcm_lora(load_pipeline(), adapter_file, phase_edges=(0, 499, 999)).grid.edges == (0, 499, 999)
+
+
+@pytest.mark.parametrize("stated", [AdapterSettings("sd15", (0, 999), 50), None])
+def test_even_and_explicit_edges_are_not_both_given(stated):
+    with pytest.raises(ValueError, match="one of the two"):
+        with_overrides(stated, num_phases=2, phase_edges=(0, 99, 999))
+
+
+def test_uneven_edges_stay_on_another_grid_of_the_solver_or_are_refused():
+    uneven = AdapterSettings("sd15", (0, 99, 499, 999), 50)
+    assert with_overrides(uneven, num_solver_steps=100).phase_edges == (0, 99, 499, 999)
+    with pytest.raises(ValueError, match="edge 99 is not a point"):
+        with_overrides(uneven, num_solver_steps=25)
+    even = AdapterSettings("sd15", PhaseGrid.even(4).edges, 50)
+    assert with_overrides(even, num_solver_steps=40).phase_edges == PhaseGrid.even(4, 40).edges
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")

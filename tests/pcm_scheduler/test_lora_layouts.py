@@ -252,7 +252,7 @@ def broken(tensors, **changes):
         (lambda t: {"unet.conv_in.weight": torch.zeros(1)}, "no LoRA of a UNet"),
         (lambda t: {}, "no LoRA of a UNet"),
         (lambda t: {k.replace("down_blocks_1", "input_blocks_4"): v for k, v in t.items()}, "original UNet"),
-        (lambda t: {f"transformer.x.lora_{part}.weight": torch.ones(2, 2) for part in "AB"}, "transformer_x"),
+        (lambda t: {f"transformer.x.lora_{part}.weight": torch.ones(2, 2) for part in "AB"}, "transformer.x"),
         (lambda t: broken(t, **{k[:-5] + "dora_scale": torch.ones(1, 3) for k in t if k.endswith(".alpha")}), "DoRA"),
     ],
 )  # fmt: skip

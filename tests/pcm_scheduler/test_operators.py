@@ -398,11 +398,25 @@ def test_masks_that_cannot_be_used() -> None:
         partial[0, 0, 0, 0] = 0
         with pytest.raises(ValueError, match="The mask is 4 x 4 and the picture 24 x 32"):
             operator(partial).measure(pictures(1))
-        with pytest.raises(ValueError, match="3 masks for 2 pictures"):
-            operator(partial.repeat(3, 1, 1, 1)).measure(torch.zeros(2, 3, 4, 4))
-    with pytest.raises(ValueError, match="keeps every pixel"):
+        for count, words in ((1, "3 masks for 1 picture:"), (2, "3 masks for 2 pictures:")):
+            with pytest.raises(ValueError, match=words):
+                operator(partial.repeat(3, 1, 1, 1)).measure(torch.zeros(count, 3, 4, 4))
+    with pytest.raises(ValueError, match="The mask keeps every pixel"):
         KeepRegion(whole)
+    with pytest.raises(ValueError, match="All 2 masks keep every pixel"):
+        KeepRegion(whole.repeat(2, 1, 1, 1))
     Luminance(whole)
+
+
+def test_one_picture_of_several_may_be_kept_whole() -> None:
+    """It comes back bit for bit, and the others as they would alone."""
+    op = KeepRegion(torch.cat([torch.ones_like(a_mask()), a_mask()]))
+    x, y = 1.5 * pictures(1), pictures(2)
+    for step in ("project", "approach"):
+        both = getattr(op, step)(x, y)
+        assert torch.equal(both[0], y[0])
+        torch.testing.assert_close(both[1:], getattr(KeepRegion(a_mask()), step)(x[1:], y[1:]), rtol=0, atol=1e-6)
+    op.check(y)
 
 
 def test_shapes_that_do_not_fit() -> None:

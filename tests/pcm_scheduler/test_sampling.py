@@ -103,6 +103,10 @@ def test_eta_one_forgets_eps_and_keeps_the_variance():
     x0, x = torch.zeros(1000, 10), torch.randn(1000, 10)
     noise = torch.randn(1000, 10, generator=torch.Generator().manual_seed(2))
     torch.testing.assert_close(jump(x, x0, 0.6, 0.8, 0.8, 0.6, eta=1.0, noise=noise), 0.6 * noise)
+    with pytest.raises(ValueError, match="pass it as noise"):
+        jump(x, x0, 0.6, 0.8, 0.8, 0.6, eta=1.0)
+    with pytest.raises(ValueError, match="eta must be"):
+        jump(x, x0, 0.6, 0.8, 0.8, 0.6, eta=1.5, noise=noise)
     half = jump(0.8 * torch.randn(1000, 10), x0, 0.6, 0.8, 0.8, 0.6, eta=0.5, noise=noise)
     # 10,000 draws: the standard error of a standard deviation is 0.6 / sqrt(2 * 10000) = 0.004
     assert half.std().item() == pytest.approx(0.6, abs=0.02)

@@ -9,6 +9,7 @@ import sys
 import warnings
 
 import gaussian_mixture as gmm
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -16,9 +17,12 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
     TCDScheduler,
+    UniPCMultistepScheduler,
 )
 
 from pcm_scheduler import PCMScheduler
@@ -301,6 +305,24 @@ def test_another_grid_drops_configured_timesteps(new, via, tmp_path):
     assert again(final_sigmas_type="sigma_min").config.timesteps is not None
 
 
+@pytest.mark.parametrize(
+    "given", [[999.0, 499.0], torch.tensor([999, 499]), np.array([999, 499])], ids=["floats", "torch", "numpy"]
+)
+def test_configured_timesteps_may_be_of_any_type_of_number(given):
+    scheduler = PCMScheduler(timesteps=given)
+    scheduler.set_timesteps(2)
+    assert scheduler.timesteps.tolist() == [999, 499]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [FlowMatchEulerDiscreteScheduler(), FlowMatchHeunDiscreteScheduler(), UniPCMultistepScheduler(use_flow_sigmas=True)],
+)
+def test_schedulers_for_flow_matching_are_not_imitated(source):
+    with pytest.raises(ValueError, match="flow matching"):
+        PCMScheduler.from_config(source.config)
+
+
 def test_two_trained_betas_with_a_thousand_timesteps_construct():
     """diffusers' own test suite does this."""
     scheduler = PCMScheduler(trained_betas=[0.1, 0.2])
@@ -349,6 +371,7 @@ def test_the_constructor_refuses(kwargs, says):
         ({"timesteps": [999.5, 5]}, "integers"),
         ({"timesteps": [499, 499]}, "decrease"),
         ({"timesteps": [239, 499]}, "decrease"),
+        ({"timesteps": [499, 239], "strength": 0.5}, "one of the two"),
     ],
 )
 def test_set_timesteps_refuses(kwargs, says):

@@ -1,0 +1,120 @@
+"""`load_pcm_lora` on files that people have: other names, text encoders, other models, and headers that mean harm."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from safetensors.torch import save_file
+from tiny_models import image_pipeline, random_lora
+
+from pcm_scheduler import AdapterSettings, load_pcm_lora
+from pcm_scheduler.lora_layouts import METADATA_KEY, to_diffusers, to_kohya
+from pcm_scheduler.phases import PhaseGrid
+
+module = sys.modules["pcm_scheduler.pipelines.load_pcm_lora"]  # of its function's name
+HEADER = AdapterSettings("sd15", PhaseGrid.even(4).edges, 50).to_header()
+
+
+@pytest.fixture(scope="module")
+def lora():
+    return random_lora(image_pipeline().unet, rank=4, alpha=0.5)
+
+
+def saved(path, tensors, header=HEADER):
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, header)
+    return path
+
+
+@torch.no_grad()
+def output(pipe):
+    generator = torch.Generator().manual_seed(1)
+    x, embeds = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 7, 32, generator=generator)
+    return pipe.unet(x, torch.tensor(500), embeds).sample
+
+
+@pytest.fixture(scope="module")
+def expected(lora, tmp_path_factory):
+    pipe = image_pipeline()
+    load_pcm_lora(pipe, saved(tmp_path_factory.mktemp("kohya") / "kohya.safetensors", to_kohya(lora)))
+    return output(pipe)
+
+
+@pytest.mark.parametrize("prefix", ["unet.", "base_model.model.", ""])
+@pytest.mark.parametrize("ends", [("lora_A.weight", "lora_B.weight"), ("lora.down.weight", "lora.up.weight")])
+def test_names_with_any_prefix_and_alpha_in_the_file(lora, expected, tmp_path, prefix, ends):
+    """PEFT's `save_pretrained` writes `base_model.model.`, others nothing; diffusers takes neither for a LoRA."""
+    tensors = {}
+    for name, parts in lora.modules.items():
+        path = prefix + lora.path(name)
+        tensors |= {f"{path}.{ends[0]}": parts["down"], f"{path}.{ends[1]}": parts["up"], f"{path}.alpha": parts["alpha"]}
+    pipe = image_pipeline()
+    load_pcm_lora(pipe, saved(tmp_path / "dotted.safetensors", tensors))
+    assert pipe.get_list_adapters() == {"unet": ["pcm"]}
+    torch.testing.assert_close(output(pipe), expected, rtol=0, atol=1e-6)
+
+
+def test_what_is_of_a_text_encoder_is_named_when_it_is_left_out(lora, expected, tmp_path, monkeypatch):
+    name = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+    of_text = {f"{name}.lora_down.weight": torch.ones(4, 32), f"{name}.lora_up.weight": torch.ones(32, 4)}
+    pipe, said = image_pipeline(), []
+    monkeypatch.setattr(module.logger, "warning", said.append)
+    load_pcm_lora(pipe, saved(tmp_path / "text.safetensors", to_kohya(lora) | of_text))
+    assert torch.equal(output(pipe), expected)
+    assert any(name in sentence for sentence in said)
+
+
+@pytest.mark.parametrize("damage", ["another width", "half a pair", "another model"])
+def test_a_file_that_cannot_act_leaves_the_pipeline_as_it_was(lora, expected, tmp_path, damage):
+    pipe = image_pipeline()
+    load_pcm_lora(pipe, saved(tmp_path / "good.safetensors", to_kohya(lora)))
+    scheduler, tensors = pipe.scheduler, to_kohya(lora)
+    first = min(key for key in tensors if key.endswith("lora_down.weight"))
+    if damage == "another width":
+        tensors = {key: t[:, :8] if key.endswith("lora_down.weight") else t for key, t in tensors.items()}
+    elif damage == "half a pair":
+        del tensors[first], tensors[first.replace("lora_down.weight", "alpha")]
+    else:
+        name = "lora_unet_down_blocks_5_resnets_0_conv1"
+        tensors = {f"{name}.lora_down.weight": torch.ones(4, 32, 3, 3), f"{name}.lora_up.weight": torch.ones(32, 4, 1, 1)}
+    says = {"another width": "another model: its matrices", "half a pair": "only one of its two", "another model": "nothing"}
+    with pytest.raises(ValueError, match=says[damage]):
+        load_pcm_lora(pipe, saved(tmp_path / "bad.safetensors", tensors))
+    assert pipe.scheduler is scheduler
+    assert torch.equal(output(pipe), expected)
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "target_modules"])
+def test_a_header_whose_patterns_would_take_years_loads_at_once(lora, expected, tmp_path, field):
+    tensors, metadata = to_diffusers(lora)
+    pattern = "([a-z_0-9.]+)+!"
+    stated = json.loads(metadata) | {f"unet.{field}": {pattern: 4} if field == "rank_pattern" else pattern}
+    path = saved(tmp_path / "endless.safetensors", tensors, HEADER | {METADATA_KEY: json.dumps(stated)})
+    pipe = image_pipeline()
+    loading = threading.Thread(target=load_pcm_lora, args=(pipe, path), daemon=True)
+    loading.start()
+    loading.join(timeout=60)  # a second is enough
+    assert not loading.is_alive()
+    torch.testing.assert_close(output(pipe), expected, rtol=0, atol=1e-6)
+
+
+def test_models_of_flow_matching_are_refused(tmp_path):
+    """PCM's authors have adapters of Stable Diffusion 3 too; on this noise schedule they would draw nothing."""
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=1, in_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2,
+        caption_projection_dim=16, joint_attention_dim=16, pooled_projection_dim=16, out_channels=4,
+    )  # fmt: skip
+    none = dict.fromkeys(("vae", *(f"{part}{i}" for part in ("text_encoder", "tokenizer") for i in ("", "_2", "_3"))))
+    pipe = StableDiffusion3Pipeline(transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), **none)
+    key = "transformer.transformer_blocks.0.attn.to_q"
+    matrices = {f"{key}.lora_A.weight": torch.ones(4, 16), f"{key}.lora_B.weight": torch.ones(16, 4)}
+    path = saved(tmp_path / "sd3.safetensors", matrices)
+    with pytest.raises(ValueError, match="has no UNet"):
+        load_pcm_lora(pipe, path, num_phases=2)
+    with pytest.raises(ValueError, match="holds no LoRA of a UNet"):
+        load_pcm_lora(image_pipeline(), path, num_phases=2)
+    assert isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler)
