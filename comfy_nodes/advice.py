@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
-from ..pcm_scheduler.lora_file import AdapterSettings
+from ..pcm_scheduler.lora_file import SOLVER_STEPS, AdapterSettings
 
 _TEXTS = ("text", "text_g", "text_l", "prompt", "string", "value")
 
@@ -52,12 +53,34 @@ def advice(
         editing: new noise is then wanted, whatever the adapter.
     """
     said = []
-    if cfg <= 1 and negative:
-        said.append(f"cfg is {cfg:g}, so the negative prompt has no effect: {negative[:60]!r}. Above 1 it has.")
+    if math.isclose(cfg, 1):  # as ComfyUI compares it before it leaves the negative prompt out
+        if negative:
+            said.append(f"cfg is {cfg:g}, so the negative prompt has no effect: {negative[:60]!r}. Above 1 it has.")
+    elif cfg < 1:
+        said.append(
+            f"cfg is {cfg:g}: below 1 ComfyUI mixes in what the negative prompt says, and at 0 it draws nothing else. "
+            "Set it to 1 or more; what diffusers calls guidance 0 is cfg 1 here."
+        )
     if settings is not None and settings.guidance_scale <= 1 and cfg > 2.5:
-        said.append(f"cfg is {cfg:g}. This adapter has guidance in it and recommends {settings.guidance_scale:g}; try 1 to 2.")
+        said.append(f"cfg is {cfg:g}. This adapter has guidance in it and recommends 1; try 1 to 2.")
     if not editing and settings is not None and settings.eta == 1 and eta == 0:
         said.append("This adapter is in LCM's style and recommends eta 1; eta is 0, so results will be soft.")
     if not editing and eta > 0 and num_phases > 1 and (settings is None or settings.eta == 0):
         said.append(f"eta is {eta:g}: new noise needs x0 from across phases, for which {num_phases} phases were not trained.")
     return said
+
+
+def grid_advice(sdxl: bool, settings: AdapterSettings | None, num_solver_steps: int) -> list[str]:
+    """Sentences on where the steps stop.
+
+    Args:
+        sdxl: whether the model is of that family.
+        settings: of the adapter, if it is known.
+        num_solver_steps: of the node.
+    """
+    if not sdxl or settings is not None or num_solver_steps != SOLVER_STEPS["sd15"]:
+        return []
+    return [
+        f"The model is SDXL and num_solver_steps is {num_solver_steps}, which is for SD1.5. Connect settings, or set it to "
+        f"{SOLVER_STEPS['sdxl']}, unless the adapter was trained on {num_solver_steps}."
+    ]

@@ -41,10 +41,10 @@ def to_image(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def to_mask(mask: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
-    """MASK (N, H, W) in [0, 1], 1 where drawn anew, to (N, 1, H, W).
+    """MASK (1|N, H, W) in [0, 1], 1 where drawn anew, to (1|N, 1, H, W); any number for one picture.
 
     Raises:
-        ValueError: not of the pictures' size.
+        ValueError: not of the pictures' size, or not one for each.
     """
     mask = mask.float().clamp(0, 1)
     mask = mask[:, None] if mask.ndim == 3 else mask[None, None]
@@ -54,7 +54,21 @@ def to_mask(mask: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
             f"The mask is {sizes[0]} and the image {sizes[1]}. Give both one size. Load Image gives an empty mask of 64 x 64 "
             "for an image in which nothing is masked: right-click it and open the mask editor."
         )
+    if len(mask) not in (1, len(pictures)) and (len(pictures) > 1 or len(mask) == 0):
+        images = f"{len(pictures)} image{'s' * (len(pictures) > 1)}"
+        raise ValueError(f"There are {len(mask)} masks for {images}: give one, or one for each.")
     return at_home(mask)
+
+
+def to_masked_pictures(image: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """IMAGE and MASK as by `to_pictures` and `to_mask`; one picture is repeated for several masks.
+
+    Raises:
+        ValueError: as `to_mask`.
+    """
+    pictures = to_pictures(image)
+    masks = to_mask(mask, pictures)
+    return pictures.expand(max(len(pictures), len(masks)), -1, -1, -1), masks
 
 
 class Host:
@@ -134,12 +148,10 @@ class Host:
             noise: of unit variance, to start from instead of the seed's.
 
         Raises:
-            ValueError: steps that do not fit, a measurement that no picture has, or a model that is not covered.
+            ValueError: steps that do not fit, or a model that is not covered.
         """
         points = points_of(grid, steps, edit.strength, "strength")
         sigmas = sigmas_at(self.model, grid, [grid.timesteps[n] for n in points])
-        if not edit.measurement_noise:
-            edit.operator.check(edit.measurement)
         noise = self.noise(edit.size, len(edit.measurement)) if noise is None else noise
         levels = [*sigmas.tolist(), 0.0]
         codec, denoiser = self.codec(edit.size), self.denoiser(sigmas)

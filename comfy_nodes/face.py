@@ -21,7 +21,7 @@ def say(node: type[io.ComfyNode], *lines: str) -> Any:
     text = "\n".join(lines)
     running = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     if running is not None and node.hidden:
-        running.send_progress_text(text, node.hidden.unique_id, running.client_id)
+        running.send_progress_text(text, node.hidden.unique_id, sid=running.client_id)
     return ui.PreviewText(text)
 
 

@@ -21,7 +21,7 @@ _SETTINGS = (
 _PHASES = "How many phases the adapter was trained with; published '4step' files have 4. Settings, if connected, count instead."
 _SOLVER = "Points of the solver's grid in training: 50 for SD1.5, 40 for SDXL. Settings, if connected, count instead."
 _STEPS = "Sampling steps, independent of the phases. With as many as phases, every step ends where training did."
-_CFG = "Guidance. At 1 a negative prompt has no effect and a step costs half."
+_CFG = "Guidance. At 1 a negative prompt has no effect and a step costs half; below 1 it is drawn into the picture."
 _ETA = "0 is deterministic, what PCM adapters are trained for. 1 draws all noise anew at every step, what LCM adapters want."
 
 

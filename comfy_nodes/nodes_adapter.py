@@ -5,22 +5,18 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import comfy.lora
-import comfy.lora_convert
-import comfy.sd
-import comfy.supported_models
 import folder_paths
 from comfy_api.latest import io
 
 from ..pcm_scheduler.lora_file import AdapterSettings, read_settings, read_tensors, with_overrides
 from .face import HIDDEN, say
 from .inputs import CATEGORY, Settings
+from .lora import with_lora
 
-FAMILIES = {
-    "sd15": comfy.supported_models.SD15,
-    "sdxl": comfy.supported_models.SDXL,
-    "animatediff": comfy.supported_models.SD15,  # spatial layers; motion modules are in a file of their own
-}
+
+def recommended(settings: AdapterSettings) -> tuple[int, float, float]:
+    """Steps, cfg and eta. diffusers leaves guidance out at 1 and below, ComfyUI at 1 alone."""
+    return settings.num_inference_steps, max(1.0, settings.guidance_scale), settings.eta
 
 
 def in_words(settings: AdapterSettings, stated: AdapterSettings | None) -> str:
@@ -34,9 +30,9 @@ def in_words(settings: AdapterSettings, stated: AdapterSettings | None) -> str:
     source = "phases as this node says"
     if stated == settings:
         source = f"{settings.base_model}, " + ("guessed from its name or hash" if settings.inferred else "as the file says")
-    wanted = f"{settings.num_inference_steps} steps, cfg {settings.guidance_scale:g}, eta {settings.eta:g}"
+    steps, cfg, eta = recommended(settings)
     return (
-        f"{grid.num_phases} phases, {wanted}\n({source})\n"
+        f"{grid.num_phases} phases, {steps} steps, cfg {cfg:g}, eta {eta:g}\n({source})\n"
         f"edges {', '.join(map(str, grid.edges))} of {grid.num_solver_steps} points; predicts {settings.prediction_type}"
         + (f"\ntrained on {settings.beta_schedule} betas" if settings.beta_schedule else "")
         + (", which AnimateDiff-Evolved calls sqrt_linear (AnimateDiff)" if settings.beta_schedule == "linear" else "")
@@ -90,8 +86,21 @@ def settings_of(lora_name: str, num_phases: int, num_solver_steps: int) -> tuple
             f"{lora_name} does not say how it was trained: it has no header of ours and is none of the published files. Set "
             "num_phases, and num_solver_steps if it is not 50."
         )
-    settings = with_overrides(stated, num_phases=num_phases or None, num_solver_steps=num_solver_steps or None)
-    return path, settings, stated
+    given = {"num_phases": num_phases or None, "num_solver_steps": num_solver_steps or None}
+    steps = steps_for(stated, num_phases, num_solver_steps)
+    return path, with_overrides(stated, **given, num_inference_steps=steps), stated
+
+
+def steps_for(stated: AdapterSettings | None, num_phases: int, num_solver_steps: int) -> int:
+    """The steps to recommend: the file's, or one for each phase that the node states; no more than the grid has points.
+
+    Args:
+        stated: of the file.
+        num_phases, num_solver_steps: of the node; 0: as the file says.
+    """
+    if stated is not None:
+        return min(stated.num_inference_steps, num_solver_steps or stated.num_solver_steps)
+    return min(num_phases if num_phases > 1 else 4, num_solver_steps or 50)
 
 
 class FileNode(io.ComfyNode):
@@ -104,9 +113,12 @@ class FileNode(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name: str, **_: Any) -> tuple[int, int]:
-        """Another file of the same name is read anew."""
-        found = os.stat(folder_paths.get_full_path_or_raise("loras", lora_name))
+    def fingerprint_inputs(cls, lora_name: str | None = None, **_: Any) -> tuple[int, int]:
+        """Another file of the same name is read anew. ComfyUI passes None for a name that another node will give."""
+        path = folder_paths.get_full_path("loras", lora_name) if lora_name is not None else None
+        if path is None:
+            return 0, 0
+        found = os.stat(path)
         return found.st_mtime_ns, found.st_size
 
 
@@ -143,33 +155,12 @@ class PCMLoraLoader(FileNode):
         cls, model: Any, lora_name: str, strength_model: float, num_phases: int = 0, num_solver_steps: int = 0
     ) -> io.NodeOutput:
         path, settings, stated = settings_of(lora_name, num_phases, num_solver_steps)
+        said = [in_words(settings, stated)]
         if strength_model:
-            model = with_lora(model, read_tensors(path)[0], strength_model, settings.base_model if stated else None)
-        recommended = (settings.num_inference_steps, settings.guidance_scale, settings.eta)
-        return io.NodeOutput(model, settings, *recommended, ui=say(cls, in_words(settings, stated)))
-
-
-def with_lora(model: Any, tensors: dict[str, Any], strength: float, family: str | None) -> Any:
-    """The model with a LoRA in it.
-
-    Args:
-        model: a MODEL.
-        tensors: of the file.
-        strength: 1 is what it was trained at.
-        family: for which the file says it is, of `FAMILIES`; None if it does not say.
-
-    Raises:
-        ValueError: a file for another kind of model. Many of the modules' names are the same, and ComfyUI would only log those
-            that do not fit.
-    """
-    config = model.model.model_config
-    others = tuple(kind for kind in FAMILIES.values() if kind is not FAMILIES.get(family))
-    if family in FAMILIES and isinstance(config, others):
-        raise ValueError(f"This adapter is for {family}, and the model is {type(config).__name__}: load the other file.")
-    names = comfy.lora.model_lora_keys_unet(model.model, {})
-    if not comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(tensors)), names, log_missing=False):
-        raise ValueError(f"Nothing in this file fits the model, which is {type(config).__name__}: is it a LoRA of a UNet?")
-    return comfy.sd.load_lora_for_models(model, None, tensors, strength, 0)[0]
+            family = settings.base_model if stated else None
+            model, more = with_lora(model, *read_tensors(path), strength_model, family)
+            said += more
+        return io.NodeOutput(model, settings, *recommended(settings), ui=say(cls, *said))
 
 
 class PCMLoraSettings(FileNode):
@@ -188,5 +179,4 @@ class PCMLoraSettings(FileNode):
     @classmethod
     def execute(cls, lora_name: str, num_phases: int = 0, num_solver_steps: int = 0) -> io.NodeOutput:
         _, settings, stated = settings_of(lora_name, num_phases, num_solver_steps)
-        recommended = (settings.num_inference_steps, settings.guidance_scale, settings.eta)
-        return io.NodeOutput(settings, *recommended, ui=say(cls, in_words(settings, stated)))
+        return io.NodeOutput(settings, *recommended(settings), ui=say(cls, in_words(settings, stated)))

@@ -22,9 +22,10 @@ from ..pcm_scheduler.edit_tasks import (
     super_resolution,
 )
 from ..pcm_scheduler.editing import slerp
+from ..pcm_scheduler.operators import Downsample
 from ..pcm_scheduler.phases import PhaseGrid
-from .advice import advice
-from .editing import Host, to_mask, to_pictures
+from .advice import advice, grid_advice
+from .editing import Host, to_masked_pictures, to_pictures
 from .face import HIDDEN, say, told_negative
 from .inputs import (
     CATEGORY,
@@ -38,7 +39,7 @@ from .inputs import (
     seed_input,
     steps_input,
 )
-from .sampling import sigmas_at, stops_in_words
+from .sampling import is_sdxl, sigmas_at, stops_in_words
 
 _ETA = "How much of the noise is drawn anew between steps; 1 also for adapters in LCM's style."
 _STRENGTH = (
@@ -125,12 +126,24 @@ class EditNode(PhaseNode):
         grid = chosen_grid(settings, num_phases, num_solver_steps)
         if strength is not None:
             task = replace(task, strategy=replace(task.strategy, strength=strength))
+        cls.check(task)
         image, error = Host(model, vae, positive, negative, cfg, seed).draw(task, grid, steps, eta, noise)
         said = [stops_in_words(grid, steps, task.strength)]
         if task.measurement.numel() and not task.measurement_noise:
             said.append(f"what was to stay is off by {error:.2f} grey levels")
         said += advice(cfg, eta, settings, grid.num_phases, told_negative(cls), editing=True)
+        said += grid_advice(is_sdxl(model), settings, num_solver_steps)
         return io.NodeOutput(image, ui=say(cls, *said))
+
+    @staticmethod
+    def check(task: Edit) -> None:
+        """Refuse what no picture can fulfil, before anything is drawn.
+
+        Raises:
+            ValueError: a measurement that no picture has.
+        """
+        if not task.measurement_noise:
+            task.operator.check(task.measurement)
 
 
 class PCMInpaint(EditNode):
@@ -138,7 +151,11 @@ class PCMInpaint(EditNode):
     def define_schema(cls) -> io.Schema:
         own = [
             io.Image.Input("image", tooltip="The picture, of any size."),
-            io.Mask.Input("mask", tooltip="White is drawn anew, black is kept to the pixel, grey shows so much of the new."),
+            io.Mask.Input(
+                "mask",
+                tooltip="White is drawn anew, black is kept to the pixel, grey shows so much of the new. "
+                "One, or one for each image.",
+            ),
         ]
         return cls.schema(
             "PCMInpaint", "PCM Inpaint", "Draw a part of a picture anew; every other pixel is kept.", "inpaint", own
@@ -146,8 +163,7 @@ class PCMInpaint(EditNode):
 
     @classmethod
     def execute(cls, image: torch.Tensor, mask: torch.Tensor, **common: Any) -> io.NodeOutput:
-        pictures = to_pictures(image)
-        return cls.edit(inpainting(pictures, to_mask(mask, pictures)), **common)
+        return cls.edit(inpainting(*to_masked_pictures(image, mask)), **common)
 
 
 class PCMOutpaint(EditNode):
@@ -172,14 +188,18 @@ class PCMColorize(EditNode):
     def define_schema(cls) -> io.Schema:
         own = [
             io.Image.Input("image", tooltip="A greyscale picture; of a coloured one the luminance is taken."),
-            io.Mask.Input("mask", optional=True, tooltip="White is drawn anew altogether, colour and luminance."),
+            io.Mask.Input(
+                "mask",
+                optional=True,
+                tooltip="White is drawn anew altogether, colour and luminance. One, or one for each image.",
+            ),
         ]
         return cls.schema("PCMColorize", "PCM Colorize", "Colour a picture; its luminance is kept.", "colorize", own)
 
     @classmethod
     def execute(cls, image: torch.Tensor, mask: torch.Tensor | None = None, **common: Any) -> io.NodeOutput:
-        pictures = to_pictures(image)
-        return cls.edit(colorization(pictures, None if mask is None else to_mask(mask, pictures)), **common)
+        task = colorization(to_pictures(image)) if mask is None else colorization(*to_masked_pictures(image, mask))
+        return cls.edit(task, **common)
 
 
 class PCMSuperResolve(EditNode):
@@ -191,7 +211,8 @@ class PCMSuperResolve(EditNode):
             io.Combo.Input(
                 "kernel",
                 options=list(KERNELS),
-                tooltip="How the picture was made small: the mean of factor x factor pixels, or a wider, antialiasing kernel.",
+                tooltip="How the picture was made small: mean, of factor x factor pixels; or antialias, by a bicubic filter. "
+                "Take mean for a picture that is sharper than bicubic leaves it.",
             ),
         ]
         return cls.schema(
@@ -205,6 +226,16 @@ class PCMSuperResolve(EditNode):
     @classmethod
     def execute(cls, image: torch.Tensor, factor: int, kernel: str, **common: Any) -> io.NodeOutput:
         return cls.edit(super_resolution(to_pictures(image), factor, kernel), **common)
+
+    @staticmethod
+    def check(task: Edit) -> None:
+        """As of every task, in words for what is met in practice: Lanczos and box filters leave more contrast than bicubic."""
+        try:
+            EditNode.check(task)
+        except ValueError as error:
+            if not isinstance(task.operator, Downsample) or not task.measurement.isfinite().all():
+                raise
+            raise ValueError("This picture is sharper than a bicubic kernel leaves one: set kernel to mean.") from error
 
 
 class PCMStroke(EditNode):

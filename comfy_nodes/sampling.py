@@ -11,6 +11,7 @@ from typing import Any
 import comfy.model_sampling
 import comfy.sample
 import comfy.samplers
+import comfy.supported_models
 import comfy.utils
 import latent_preview
 import torch
@@ -56,6 +57,11 @@ def sigmas_of(table: torch.Tensor, grid: PhaseGrid, timesteps: Sequence[int]) ->
 def sigmas_at(model: Any, grid: PhaseGrid, timesteps: Sequence[int]) -> torch.Tensor:
     """The same of a MODEL, as patches of it have left its table."""
     return sigmas_of(table_of(model.get_model_object("model_sampling")), grid, timesteps)
+
+
+def is_sdxl(model: Any) -> bool:
+    """Whether a MODEL is SDXL, or one of those that were made smaller from it."""
+    return isinstance(model.model.model_config, comfy.supported_models.SDXL)
 
 
 def points_of(grid: PhaseGrid, steps: int, strength: float, name: str) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from comfyui_tiny import load_our_nodes, start, tiny_model, tiny_prompts
+from comfyui_tiny import load_our_nodes, start, tiny_lora, tiny_model, tiny_prompts
 
 PACK, COMFYUI, LORAS = (Path(argument) for argument in sys.argv[1:4])
 start(COMFYUI)
@@ -17,6 +17,8 @@ import folder_paths
 import torch
 from comfy_extras.nodes_custom_sampler import SplitSigmas
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete, ModelSamplingSD3
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 folder_paths.add_model_folder_path("loras", str(LORAS))
 ours = load_our_nodes(PACK)
@@ -79,6 +81,10 @@ timestep = model.get_model_object("model_sampling").timestep
 found["timesteps"] = {k: timestep(ours["PCMScheduler"].execute(model, k, 1.0)[0][:-1]).tolist() for k in (1, 2, 3, 4, 8)}
 found["half"] = timestep(ours["PCMScheduler"].execute(model, 4, 0.5)[0][:-1]).tolist()
 
+file = LORAS / "pcm_4phase.safetensors"
+with safe_open(file, "pt") as trained:
+    header = trained.metadata()
+save_file(tiny_lora(model), file, metadata=header)  # what the trainer wrote of itself, over tensors of this model's shapes
 loaded = ours["PCMLoraLoader"].execute(model, "pcm_4phase.safetensors", 1.0)
 found["settings"] = [loaded[1].num_solver_steps, list(loaded[1].phase_edges), loaded[2], loaded[3], loaded[4]]
 from_settings = ours["PCMScheduler"].execute(model, 4, 1.0, loaded[1])[0]

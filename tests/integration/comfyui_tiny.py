@@ -63,6 +63,23 @@ def tiny_model(**changes):
     return comfy.model_patcher.ModelPatcher(model, cpu, cpu)
 
 
+def tiny_lora(model):
+    """Tensors in kohya's layout of a LoRA of every module of a MODEL that one can adapt: rank 4, alpha 0.5."""
+    import comfy.utils
+    import torch
+
+    drawn, weights, lora = torch.Generator().manual_seed(0), model.model.state_dict(), {}
+    for name, key in comfy.utils.unet_to_diffusers(model.model.model_config.unet_config).items():
+        weight = weights.get(f"diffusion_model.{key}")
+        if name.endswith(".weight") and weight is not None and weight.ndim > 1:
+            module = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
+            ones = [1] * (weight.ndim - 2)
+            lora[f"{module}.lora_down.weight"] = 0.05 * torch.randn(4, *weight.shape[1:], generator=drawn)
+            lora[f"{module}.lora_up.weight"] = 0.05 * torch.randn(weight.shape[0], 4, *ones, generator=drawn)
+            lora[f"{module}.alpha"] = torch.tensor(0.5)
+    return lora
+
+
 def tiny_prompts():
     """Two CONDITIONINGs."""
     import torch

@@ -58,6 +58,7 @@ def test_the_loader_reads_the_header(found):
     assert found["settings"] == [50, [0, 239, 499, 739, 999], 4, 1.0, 0.0]
     assert found["from_settings"]
     assert "4 phases" in found["text"]
+    assert "modules" not in found["text"]
 
 
 def test_other_models_are_refused_and_patched_schedules_are_used(found):

@@ -1,0 +1,104 @@
+"""A LoRA file in ComfyUI's terms: tensors under the names that it maps, put into a MODEL."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import comfy.lora
+import comfy.lora_convert
+import comfy.sd
+import comfy.supported_models
+import torch
+from comfy.weight_adapter import LoRAAdapter
+
+from ..pcm_scheduler.lora_layouts import METADATA_KEY, sort_tensors, to_kohya
+
+FAMILIES = {
+    "sd15": comfy.supported_models.SD15,
+    "sdxl": comfy.supported_models.SDXL,
+    "animatediff": comfy.supported_models.SD15,  # spatial layers; motion modules are in a file of their own
+}
+
+
+def with_lora(
+    model: Any, tensors: Mapping[str, torch.Tensor], header: Mapping[str, str], strength: float, family: str | None
+) -> tuple[Any, list[str]]:
+    """The model with a LoRA in it, and what is to be said of it.
+
+    Args:
+        model: a MODEL.
+        tensors, header: of the file.
+        strength: 1 is what it was trained at.
+        family: for which the file says it is, of `FAMILIES`; None if it does not say.
+
+    Raises:
+        ValueError: a file for another kind of model, or one that is not whole. Many of the modules' names are the same, and
+            ComfyUI would only log those that do not fit.
+    """
+    config = model.model.model_config
+    others = tuple(kind for kind in FAMILIES.values() if kind is not FAMILIES.get(family or ""))
+    if family in FAMILIES and isinstance(config, others):
+        raise ValueError(f"This adapter is for {family}, and the model is {type(config).__name__}: load the other file.")
+    names = comfy.lora.model_lora_keys_unet(model.model, {})
+    named, modules = in_kohyas_names(tensors, header, names)
+    patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(named)), names, log_missing=False)
+    weights = model.model.state_dict()
+    fitting = [patch for key, patch in patches.items() if fits(key, patch, weights)]
+    if not fitting:
+        raise ValueError(
+            f"Nothing in this file fits the model, which is {type(config).__name__}: it is for another kind of model, or no "
+            "LoRA of a UNet. Choose another file."
+        )
+    adapted = comfy.sd.load_lora_for_models(model, None, named, strength, 0)[0]
+    fitted = sum(isinstance(patch, LoRAAdapter) for patch in fitting)
+    return adapted, [f"{fitted} of {modules} modules fit this model; the others have no effect"] if fitted < modules else []
+
+
+def in_kohyas_names(
+    tensors: Mapping[str, torch.Tensor], header: Mapping[str, str], names: Mapping[str, Any]
+) -> tuple[dict[str, torch.Tensor], int]:
+    """A file's tensors as ComfyUI maps all of them, and how many modules have LoRA matrices.
+
+    Of diffusers' layout ComfyUI maps no attention module but `to_out`, and it does not look for alpha in the header.
+
+    Args:
+        tensors, header: of the file.
+        names: that ComfyUI knows modules of the model by.
+
+    Raises:
+        ValueError: diffusers' tensors or metadata that cannot be used; what is wrong.
+    """
+    try:
+        lora = sort_tensors(tensors, header)
+    except ValueError as error:
+        if METADATA_KEY in header:
+            raise ValueError(f"This file {error}") from error
+        return dict(tensors), 0  # LoHa and others, which ComfyUI may know
+    modules = sum({"down", "up"} <= parts.keys() for parts in lora.modules.values())
+    if lora.layouts == ("kohya",) or not any(f"lora_unet_{name}" in names for name in lora.modules):
+        return dict(tensors), modules
+    for misfit in lora.misfits():
+        raise ValueError(f"This file is not whole: {misfit} Download or convert it again.")
+    return {key: tensors[key] for key in lora.strangers if key in tensors} | to_kohya(lora), modules
+
+
+def fits(key: Any, patch: Any, weights: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a patch of ComfyUI's has a weight to act on, and LoRA matrices its shape.
+
+    Args:
+        key: name of a weight, or a tuple of it and a part of it.
+        patch: for it. What is not a plain LoRA passes, and so does what is for a quantized weight, whose shape is another.
+        weights: of the model.
+    """
+    weight = weights.get(key if isinstance(key, str) else key[0])
+    if weight is None:
+        return False
+    if not isinstance(key, str) or not isinstance(patch, LoRAAdapter) or not weight.is_floating_point():
+        return True
+    up, down, middle, reshape = (patch.weights[i] for i in (0, 1, 3, 5))
+    if middle is not None or reshape is not None:
+        return True
+    if min(up.ndim, down.ndim) < 2 or up.shape[1] != down.shape[0] or up.shape[0] != weight.shape[0]:
+        return False
+    return up.shape[0] * down.shape[1:].numel() == weight.numel()

@@ -1,0 +1,58 @@
+"""What nodes say of their inputs. These sentences need nothing of ComfyUI, so they are tested without it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from pcm_scheduler.lora_file import AdapterSettings
+
+ROOT = Path(__file__).parents[2]
+SMALLCFG = AdapterSettings("sd15", (0, 239, 499, 739, 999), 50)
+
+
+@pytest.fixture(scope="module")
+def words() -> Iterator[ModuleType]:
+    """`comfy_nodes.advice` as part of a pack, whose own `__init__.py` files would import ComfyUI."""
+    for name, folder in (("a_pack", ROOT), ("a_pack.comfy_nodes", ROOT / "comfy_nodes")):
+        package = ModuleType(name)
+        package.__path__ = [str(folder)]
+        sys.modules[name] = package
+    yield importlib.import_module("a_pack.comfy_nodes.advice")
+    for name in [name for name in sys.modules if name.split(".")[0] == "a_pack"]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("negative", ["", "blurry"])
+@pytest.mark.parametrize("cfg", [0.0, 0.5, 0.99])
+def test_below_cfg_1_the_negative_prompt_is_drawn(words: ModuleType, cfg: float, negative: str) -> None:
+    """uncond + cfg (cond - uncond): ComfyUI leaves `uncond` out at 1 alone. Nothing then says that it has no effect."""
+    (said,) = words.advice(cfg, 0.0, None, 4, negative)
+    assert f"cfg is {cfg:g}: below 1 ComfyUI mixes in what the negative prompt says" in said
+    assert "guidance 0 is cfg 1 here" in said
+
+
+@pytest.mark.parametrize("cfg", [1.0, 1 - 1e-12])
+def test_at_cfg_1_a_negative_prompt_has_no_effect(words: ModuleType, cfg: float) -> None:
+    """Whatever `math.isclose` calls 1, as ComfyUI does."""
+    (said,) = words.advice(cfg, 0.0, SMALLCFG, 4, "blurry")
+    assert "the negative prompt has no effect: 'blurry'" in said
+    assert words.advice(cfg, 0.0, SMALLCFG, 4, "") == words.advice(1.1, 0.0, SMALLCFG, 4, "blurry") == []
+
+
+def test_a_cfg_that_diffusers_reads_as_none_is_recommended_as_1(words: ModuleType) -> None:
+    unguided = AdapterSettings("sd15", (0, 239, 499, 739, 999), 50, guidance_scale=0.0)
+    (said,) = words.advice(7.0, 0.0, unguided, 4, "")
+    assert "recommends 1; try 1 to 2" in said
+
+
+def test_the_grid_of_sd15_on_sdxl_is_pointed_out(words: ModuleType) -> None:
+    (said,) = words.grid_advice(True, None, 50)
+    assert "set it to 40" in said
+    assert words.grid_advice(True, None, 40) == words.grid_advice(False, None, 50) == []
+    assert words.grid_advice(True, SMALLCFG, 50) == []  # the settings count

@@ -1,0 +1,211 @@
+"""Run by `test_comfyui_words.py` with ComfyUI's own Python: what our nodes read, refuse and say on a tiny random SD1.5.
+
+Prints JSON.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+from comfyui_tiny import CONFIG, load_our_nodes, start, tiny_lora, tiny_model, tiny_prompts
+
+PACK, COMFYUI, LORAS = (Path(argument) for argument in sys.argv[1:4])
+start(COMFYUI)
+
+import comfy.supported_models
+import folder_paths
+import torch
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+folder_paths.add_model_folder_path("loras", str(LORAS))
+ours = load_our_nodes(PACK)
+PACKAGE = ours["PCMLoraLoader"].__module__.split(".comfy_nodes")[0]
+layouts = importlib.import_module(f"{PACKAGE}.pcm_scheduler.lora_layouts")
+lora_file = importlib.import_module(f"{PACKAGE}.pcm_scheduler.lora_file")
+face = importlib.import_module(f"{PACKAGE}.comfy_nodes.face")
+model = tiny_model()
+positive, negative = tiny_prompts()
+empty = {"samples": torch.zeros(1, 4, 8, 8)}
+drawn = torch.Generator().manual_seed(0)
+
+
+def attempt(function, *arguments, **options):
+    """What a node answers, or what it raises, as text."""
+    try:
+        return function(*arguments, **options)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def randn(*shape):
+    return torch.randn(*shape, generator=drawn) * 0.05
+
+
+# ------------------------------------------------------------------------------------------------- adapter files
+HEADER = lora_file.AdapterSettings("sd15", (0, 239, 499, 739, 999), 50).to_header()
+UNGUIDED = lora_file.AdapterSettings("sd15", (0, 239, 499, 739, 999), 50, guidance_scale=0.0).to_header()
+
+
+def write(name, tensors, header):
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, LORAS / f"{name}.safetensors", metadata=header)
+
+
+kohya = tiny_lora(model)
+loha = {}
+for key, up in kohya.items():
+    if key.endswith("lora_up.weight") and up.ndim == 2:
+        module, inputs = key.removesuffix(".lora_up.weight"), kohya[key.replace("lora_up", "lora_down")].shape[1]
+        loha |= {f"{module}.hada_w{i}_a": randn(len(up), 4) for i in (1, 2)}
+        loha |= {f"{module}.hada_w{i}_b": randn(4, inputs) for i in (1, 2)}
+diffusers, metadata = layouts.to_diffusers(layouts.sort_tensors(kohya))
+stated = HEADER | {layouts.METADATA_KEY: metadata}
+old = {key.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): tensor for key, tensor in diffusers.items()}
+text_encoder = {f"text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_{side}.weight": randn(4, 4) for side in "AB"}
+wide = {
+    key: randn(4, 2 * tensor.shape[1]) if key.endswith("attn2_to_k.lora_down.weight") else tensor
+    for key, tensor in kohya.items()
+}
+write("kohya", kohya, HEADER)
+write("silent", kohya, None)
+write("unguided", kohya, UNGUIDED)
+write("diffusers", diffusers | text_encoder, stated)
+write("old", old, stated)
+write("loha", loha, HEADER)
+write("wide", wide, HEADER)
+write("other_shapes", {key: tensor for key, tensor in wide.items() if "attn2_to_k" in key}, HEADER)
+write("garbled", diffusers, HEADER | {layouts.METADATA_KEY: "{"})
+lost = "unet.mid_block.attentions.0.proj_in.lora_B.weight"
+write("half", {key: tensor for key, tensor in diffusers.items() if key != lost}, stated)
+
+
+def loaded(name, num_phases=0, num_solver_steps=0):
+    """Face, recommended values, and the latents that the adapted model draws."""
+    out = ours["PCMLoraLoader"].execute(model, f"{name}.safetensors", 1.0, num_phases, num_solver_steps)
+    latents = ours["PCMKSampler"].execute(out[0], 1, 4, 1.0, 0.0, positive, negative, empty, 1.0)[0]["samples"]
+    return {"text": out.ui.as_dict()["text"][0], "recommended": list(out[2:5]), "latents": latents.flatten().tolist()}
+
+
+names = ("kohya", "silent", "unguided", "diffusers", "old", "loha", "wide", "other_shapes", "garbled", "half")
+found = {"modules": len(kohya) // 3, "wide_modules": sum("attn2_to_k.alpha" in key for key in wide)}
+found["loaded"] = {name: attempt(loaded, name, 4 if name == "silent" else 0) for name in names}
+plain = ours["PCMKSampler"].execute(model, 1, 4, 1.0, 0.0, positive, negative, empty, 1.0)[0]["samples"]
+found["plain"] = plain.flatten().tolist()
+
+
+def settings(name, num_phases=0, num_solver_steps=0):
+    out = ours["PCMLoraSettings"].execute(f"{name}.safetensors", num_phases, num_solver_steps)
+    return [out[0].grid.num_phases, *out[1:]]
+
+
+found["unguided_settings"] = settings("unguided")
+found["steps"] = [
+    attempt(settings, *given)
+    for given in (("silent", 8), ("silent", 1), ("silent", 1, 2), ("silent", 2, 2), ("kohya", 2, 2), ("kohya", 8))
+]
+found["fingerprints"] = [
+    attempt(ours[node].fingerprint_inputs, lora_name=name)
+    for node in ("PCMLoraLoader", "PCMLoraSettings")
+    for name in (None, "nowhere.safetensors", "kohya.safetensors")
+]
+
+
+# ------------------------------------------------------------------------------------------------------- pictures
+class BlockVAE:
+    """Latents are means of 8 x 8 pixels."""
+
+    latent_channels, latent_dim = 4, 2
+
+    def spacial_compression_encode(self):
+        return 8
+
+    def encode(self, image):
+        return F.avg_pool2d(image.movedim(-1, 1).mean(1, keepdim=True).expand(-1, 4, -1, -1), 8)
+
+    def decode(self, latents):
+        return F.interpolate(latents[:, :3], scale_factor=8).movedim(1, -1).clamp(0, 1)
+
+
+COMMON = {"model": model, "vae": BlockVAE(), "positive": positive, "negative": negative, "seed": 1, "steps": 2, "cfg": 1.0}
+COMMON |= {"eta": 1.0, "strength": 0.8}
+
+
+def images(count):
+    return (torch.rand(count, 64, 96, 3, generator=drawn) * 255).round() / 255
+
+
+def masks(count):
+    return F.pad(torch.ones(count, 16, 16), (16, 64, 16, 32))
+
+
+def shape_of(node, **inputs):
+    return list(ours[node].execute(**inputs, **COMMON)[0].shape)
+
+
+found["counts"] = {
+    f"{node} {n} {m}": attempt(shape_of, node, image=images(n), mask=masks(m))
+    for node in ("PCMInpaint", "PCMColorize")
+    for n, m in ((3, 1), (3, 3), (1, 3), (4, 2), (1, 0))
+}
+frames, some = images(3), masks(3)
+some[1] = 0
+edited = attempt(lambda: ours["PCMInpaint"].execute(image=frames, mask=some, **COMMON)[0])
+found["frames"] = edited if isinstance(edited, str) else (edited - frames).abs().amax(dim=(1, 2, 3)).tolist()
+found["all_black"] = attempt(shape_of, "PCMInpaint", image=frames, mask=0 * some)
+
+sharp = torch.ones(1, 32, 32, 3)
+sharp[:, 10:20, ::2] = 0
+small = {kernel: attempt(shape_of, "PCMSuperResolve", image=sharp, factor=4, kernel=kernel) for kernel in ("mean", "antialias")}
+smooth = torch.linspace(0.2, 0.8, 32).expand(1, 32, 32)[..., None].expand(-1, -1, -1, 3)
+found["sharp"], found["smooth"] = small, attempt(shape_of, "PCMSuperResolve", image=smooth, factor=4, kernel="antialias")
+
+
+# ---------------------------------------------------------------------------------------------------------- faces
+def text(out):
+    return out.ui.as_dict()["text"][0]
+
+
+def on_faces(adapted, cfg, **given):
+    """Of the nodes that know where the steps stop."""
+    sampled = ours["PCMKSampler"].execute(adapted, 1, 2, cfg, 0.0, positive, negative, empty, 1.0, **given)
+    inputs = COMMON | {"model": adapted, "cfg": cfg}
+    inpainted = ours["PCMInpaint"].execute(image=images(1), mask=masks(1), **inputs, **given)
+    return [text(ours["PCMScheduler"].execute(adapted, 4, 1.0, **given)), text(sampled), text(inpainted)]
+
+
+xl = tiny_model()
+xl.model.model_config = comfy.supported_models.SDXL(CONFIG)
+found["xl"] = {points: on_faces(xl, 1.0, num_solver_steps=points) for points in (50, 40)}
+known = lora_file.AdapterSettings("sdxl", (0, 239, 499, 739, 999), 50)
+found["xl"]["settings"] = on_faces(xl, 1.0, settings=known)
+found["cfg"] = {cfg: on_faces(model, cfg)[1:] for cfg in (0.0, 1.0)}
+
+
+def drawn_at(cfg, *prompts):
+    return ours["PCMKSampler"].execute(model, 1, 2, cfg, 0.0, *prompts, empty, 1.0)[0]["samples"]
+
+
+found["cfg_0_follows"] = {
+    "positive": (drawn_at(0.0, positive, negative) - drawn_at(0.0, negative, negative)).abs().max().item(),
+    "negative": (drawn_at(0.0, positive, negative) - drawn_at(0.0, positive, positive)).abs().max().item(),
+}
+
+
+class Progress:
+    """Of a server, as far as a node's face needs one."""
+
+    client_id = "client"
+
+    def send_progress_text(self, words, node_id, *, sid):
+        found["sent"] = [words, node_id, sid]
+
+
+sys.modules["server"] = SimpleNamespace(PromptServer=SimpleNamespace(instance=Progress()))
+attempt(face.say, SimpleNamespace(hidden=SimpleNamespace(unique_id="7")), "one", "two")
+
+found["info"] = {name: node.GET_NODE_INFO_V1() for name, node in ours.items()}
+print("FOUND " + json.dumps(found))
