@@ -627,7 +627,7 @@ def describe(path: str | os.PathLike) -> str:
     if found.layouts == ("animatediff",):
         lines.append("               motion modules, for ComfyUI-AnimateDiff-Evolved")
     elif found.layouts != ("kohya",):
-        lines.append("               ComfyUI would drop its attention modules: convert it to kohya for that")
+        lines.append("               ComfyUI's own loader drops attention modules: use PCM LoRA Loader, or convert it to kohya")
     elif found.magnitudes:
         lines += [
             "               diffusers drops kohya's DoRA magnitudes: load it with load_pcm_lora, or convert it to diffusers;",
