@@ -15,6 +15,7 @@ import torch
 from pcm_scheduler.checks import shortened
 from pcm_scheduler.phases import PhaseGrid
 
+_MOST_GUIDANCE = 1e6  # that the header of an adapter may state, which is written when all is trained
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of the networks
 
 # `all` is PCM's own list: attention, feed-forward, projections, resnet convolutions, samplers, time embeddings.
@@ -483,9 +484,10 @@ class TrainConfig:
             )
         self.adversarial.check()
         low, high = self.objective.guidance_range
-        if not 1 <= low <= high:
+        if not 1 <= low <= high <= _MOST_GUIDANCE:
             raise ValueError(
-                f"objective.guidance_scale is at least 1 (unguided), or a range low..high; got {self.objective.guidance_scale}."
+                f"objective.guidance_scale is at least 1 (unguided) and at most {_MOST_GUIDANCE:g}, or a range low..high; got "
+                f"{self.objective.guidance_scale}."
             )
         if self.objective.phases_by_stage[-1] != self.objective.num_phases:
             raise ValueError(
@@ -536,6 +538,16 @@ class TrainConfig:
             self.data.clips.check("data.clips")
         if self.data.max_aspect < 1:
             raise ValueError(f"data.max_aspect must be at least 1; got {self.data.max_aspect}.")
+        if not 1 <= self.sampling.num_inference_steps <= self.objective.num_solver_steps:
+            raise ValueError(
+                "sampling.num_inference_steps must be between 1 and objective.num_solver_steps="
+                f"{self.objective.num_solver_steps}; got {self.sampling.num_inference_steps}."
+            )
+        if not 0 <= self.sampling.guidance_scale <= _MOST_GUIDANCE:
+            raise ValueError(
+                f"sampling.guidance_scale must be between 0 and {_MOST_GUIDANCE:g}; got {self.sampling.guidance_scale}. "
+                "1 is without guidance."
+            )
         if self.validation.every < 0:
             raise ValueError(f"validation.every must be 0 (at the end only) or more; got {self.validation.every}.")
         for steps in self.validation.steps:

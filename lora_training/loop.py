@@ -7,7 +7,7 @@ import math
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -44,7 +44,7 @@ from .validation import draw_sheet, fixed_loss, latent_shape
 # What may change between a run and its continuation.
 _MAY_CHANGE = (
     "output", "title", "checkpoint_every", "checkpoints_kept", "resume", "max_bad_steps", "gradient_checkpointing", "compile",
-    "log_with", "validation", "push_to_hub", "dry_run", "data.cache", "data.encode_batch_size",
+    "log_with", "sampling", "validation", "push_to_hub", "dry_run", "data.cache", "data.encode_batch_size",
 )  # fmt: skip
 
 # In the messages of torch.distributed's backends when a connection to another process breaks or nothing comes from it.
@@ -95,7 +95,7 @@ class Run:
         for part in (self.backbone.vae, *self.backbone.text_encoders, self.backbone.unet):
             part.to(self.accelerator.device)
         self.critic = self._build_critic()  # before pictures are encoded: it may lack weights
-        with self._in_words():
+        with self._in_words(self._smaller_encoding):
             self.data = self._load_data()
         self.empty = {name: tensor.to(self.accelerator.device, torch.float32) for name, tensor in self.data.empty.items()}
         self.latent_shape = latent_shape(self.data.fixed)
@@ -139,7 +139,7 @@ class Run:
         if config.data.streaming:
             return StreamingData(source, config.data, self.backbone, config.seed, *process)
         root = Path(config.data.cache) if config.data.cache else self.output.parent / "cache"
-        cache = LatentCache(source, config.data, self.backbone, config.model.path, root)
+        cache = LatentCache(source, config.data, self.backbone, config.model.path, root, config.model.teacher_loras)
         cache.encode(*process)
         accelerator.wait_for_everyone()
         data = cache.open()
@@ -206,7 +206,7 @@ class Run:
             RuntimeError: too many bad steps in a row, out of memory, a disk that is full, another process that has ended; what
                 to do, and where the run goes on.
         """
-        with self._in_words():
+        with self._in_words(self._smaller):
             return self._train()
 
     def _begin(self) -> int:
@@ -293,12 +293,12 @@ class Run:
         return shown | {"memory": f"{memory / 2**30:.1f}GiB"}
 
     @contextmanager
-    def _in_words(self) -> Iterator[None]:
-        """What goes wrong outside the run itself, with what to do about it, as RuntimeErrors."""
+    def _in_words(self, smaller: Callable[[], str]) -> Iterator[None]:
+        """What goes wrong outside the run itself, with what to do about it, as RuntimeErrors; `smaller`: for want of memory."""
         try:
             yield
         except torch.OutOfMemoryError as error:
-            raise RuntimeError(f"Out of memory. Next to try: {self._smaller()}. ({str(error).splitlines()[0]})") from error
+            raise RuntimeError(f"Out of memory. Next to try: {smaller()}. ({str(error).splitlines()[0]})") from error
         except (CannotWrite, NotFinite) as error:
             raise RuntimeError(f"{error} {self._goes_on}") from error
         except OSError as error:
@@ -328,6 +328,7 @@ class Run:
         advice = [
             ("mixed_precision: bf16", config.mixed_precision == "no"),
             ("gradient_checkpointing: true", not config.gradient_checkpointing),
+            (self._smaller_encoding(), config.data.streaming and config.data.encode_batch_size > 1),
             (
                 f"optimizer.batch_size: {config.optimizer.batch_size // 2} with "
                 f"optimizer.gradient_accumulation: {config.optimizer.gradient_accumulation * 2}",
@@ -339,15 +340,22 @@ class Run:
         ]
         return next((text for text, open_ in advice if open_), "a smaller data.resolution")
 
+    def _smaller_encoding(self) -> str:
+        """What to change next when memory is short while pictures are encoded."""
+        size = self.config.data.encode_batch_size
+        return f"data.encode_batch_size: {size // 2}" if size > 1 else "a smaller data.resolution"
+
     def validate(self, step: int) -> None:
         """Pictures, the loss of fixed samples and the consistency of few and many steps, into the run's folder."""
         config, main = self.config, self.accelerator.is_main_process
         if not main and self.mesh is None:  # sharded, every process runs every network
             return
         prompts = config.validation.prompts or self.data.captions[:4]
-        loss = fixed_loss(self.objectives[-1], self.data.fixed, config.optimizer.batch_size, config.validation.seed)
-        with self.accelerator.autocast():
-            sheet = draw_sheet(self.backbone, self.grid, config.validation, prompts, self.latent_shape, self.eta)
+        autocast = self.accelerator.autocast
+        loss = fixed_loss(self.objectives[-1], self.data.fixed, config.optimizer.batch_size, config.validation.seed, autocast)
+        with autocast():
+            at_once = config.optimizer.batch_size  # which training has room for
+            sheet = draw_sheet(self.backbone, self.grid, config.validation, prompts, self.latent_shape, self.eta, at_once)
         if not main:
             return
         sheet.save(self.folder / "samples" / f"step-{step:08d}.png")

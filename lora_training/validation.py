@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,18 +54,27 @@ class Sheet:
 
 
 @contextmanager
+def _evaluating(network: torch.nn.Module) -> Iterator[None]:
+    """No dropout within it. Every module keeps its own mode beyond it: in a UNet that evaluates, PEFT's dropout trains."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
 def _whole_pipeline(backbone: Backbone) -> Iterator[None]:
     """Text encoders and VAE beside the UNet, and back to where they were."""
     parts = (backbone.vae, *backbone.text_encoders)
     homes = [next(part.parameters()).device for part in parts]
-    training = backbone.unet.training
     for part in parts:
         part.to(backbone.unet.device)
-    backbone.unet.eval()
     try:
         yield
     finally:
-        backbone.unet.train(training)
         for part, home in zip(parts, homes, strict=True):
             part.to(home)
 
@@ -77,7 +86,13 @@ def latent_shape(data: TrainingData) -> tuple[int, ...]:
 
 @torch.no_grad()
 def draw_sheet(
-    backbone: Backbone, grid: PhaseGrid, config: ValidationConfig, prompts: Sequence[str], shape: tuple[int, ...], eta: float
+    backbone: Backbone,
+    grid: PhaseGrid,
+    config: ValidationConfig,
+    prompts: Sequence[str],
+    shape: tuple[int, ...],
+    eta: float,
+    at_once: int,
 ) -> Sheet:
     """The student's pictures through the family's own pipeline.
 
@@ -88,6 +103,7 @@ def draw_sheet(
         prompts: one column each.
         shape: of one sample's latents, (4, h, w) or (4, F, h, w).
         eta: of the sampler.
+        at_once: prompts in a call of the pipeline. They change nothing beyond rounding: every picture has noise of its own.
     """
     pipe, before = backbone.pipe, backbone.pipe.scheduler
     pipe.scheduler = PCMScheduler.from_config(
@@ -96,15 +112,23 @@ def draw_sheet(
     pipe.set_progress_bar_config(disable=True)
     height, width = (side * backbone.latent_scale for side in shape[-2:])
     noise = torch.stack([torch.randn(shape, generator=generator_of(config.seed, i)) for i in range(len(prompts))])
+    parts = torch.arange(len(prompts)).split(at_once)
     rows = tuple((steps, guidance) for guidance in config.guidance_scales for steps in config.steps)
     latents, pictures = [], []
     try:
-        with _whole_pipeline(backbone):
+        with _whole_pipeline(backbone), _evaluating(backbone.unet):
             for steps, guidance in rows:
-                row = backbone.sample_latents(
-                    noise.to(backbone.unet.device), prompt=list(prompts), height=height, width=width, eta=eta,
-                    num_inference_steps=steps, guidance_scale=guidance, generator=generator_of(config.seed, len(prompts)),
-                )  # fmt: skip
+                call = {"height": height, "width": width, "eta": eta, "num_inference_steps": steps, "guidance_scale": guidance}
+                drawn = [
+                    backbone.sample_latents(
+                        noise[part].to(backbone.unet.device),
+                        prompt=[prompts[i] for i in part],
+                        generator=[generator_of(config.seed, int(i), 1) for i in part],
+                        **call,
+                    )
+                    for part in parts
+                ]
+                row = torch.cat(drawn)
                 latents.append(row.cpu())
                 pictures.append(tuple(backbone.pictures(row)))
     finally:
@@ -113,12 +137,30 @@ def draw_sheet(
 
 
 @torch.no_grad()
-def fixed_loss(objective: ConsistencyObjective, data: TrainingData, batch_size: int, seed: int, batches: int = 4) -> float:
-    """The loss of the same samples, noise and grid points at every call, so that its course is not hidden by chance."""
+def fixed_loss(
+    objective: ConsistencyObjective,
+    data: TrainingData,
+    batch_size: int,
+    seed: int,
+    autocast: Callable[[], AbstractContextManager[None]],
+    batches: int = 4,
+) -> float:
+    """The loss of the same samples, noise and grid points at every call, so that its course is not hidden by chance.
+
+    Args:
+        objective: whose loss.
+        data: drawn from.
+        batch_size: samples in a batch.
+        seed: of what is drawn.
+        autocast: of the run, entered for the networks alone: on the CPU it refuses to stack the data's fp16.
+        batches: to take the mean of.
+    """
     device = objective.backbone.unet.device
     empty = {name: tensor.to(device, torch.float32) for name, tensor in data.empty.items()}
     total = 0.0
     for i in range(batches):
         generator = generator_of(seed, _STREAM, i)
-        total += objective(*data.draw(batch_size, generator, device), empty, generator).item()
+        batch = data.draw(batch_size, generator, device)
+        with autocast(), _evaluating(objective.backbone.unet):
+            total += objective(*batch, empty, generator).item()
     return total / batches

@@ -50,6 +50,7 @@ class Backbone(ABC):
         self.student: Student | None = None  # set by a Student that is built on this
         self.prediction_type: str = prediction_type or pipe.scheduler.config.prediction_type
         check_prediction_type(self.prediction_type)
+        pipe.scheduler.register_to_config(prediction_type=self.prediction_type)  # for whoever samples with the pipeline
         self.alphas, self.sigmas = alphas_and_sigmas(pipe.scheduler.alphas_cumprod)
         if self.prediction_type == "epsilon" and self.alphas[-1] == 0:
             raise ValueError(

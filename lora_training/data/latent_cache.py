@@ -144,11 +144,13 @@ def drawn(
     return sent(latents, device), {name: sent(tensor, device) for name, tensor in conditioning.items()}
 
 
-def encode(records: Sequence[Record], size: Size, backbone: Backbone, config: DataConfig) -> tuple[Example | None, list[str]]:
-    """Pictures or clips of one bucket, and why some of them are left out; None if all are."""
+def encode(
+    records: Sequence[Record], size: Size, backbone: Backbone, config: DataConfig
+) -> tuple[Example | None, dict[str, str]]:
+    """Pictures or clips of one bucket, and why some of them are left out, by their names; None if all are."""
     with ThreadPoolExecutor(8) as pool:
         decoded = list(pool.map(partial(_decoded, size=size, config=config), records))
-    left_out = [found for found in decoded if isinstance(found, str)]
+    left_out = {record.name: found for record, found in zip(records, decoded, strict=True) if isinstance(found, str)}
     pictures = [found for found in decoded if isinstance(found, Picture)]
     captions = [record.caption for record, found in zip(records, decoded, strict=True) if isinstance(found, Picture)]
     if not pictures:
@@ -225,6 +227,7 @@ class LatentCache:
         backbone: encodes; on whatever device it is.
         model_path: part of the cache's name, so that models do not share latents.
         root: the folder of all caches.
+        teacher_loras: LoRA files that the model has merged into it, and so perhaps into its text encoders; part of the name.
     """
 
     source: Source
@@ -232,17 +235,17 @@ class LatentCache:
     backbone: Backbone
     model_path: str
     root: Path
+    teacher_loras: tuple[str, ...] = ()
 
     @cached_property
     def folder(self) -> Path:
         """Named after everything that its content depends on; looked up once, for a source may look at every file."""
-        model = Path(self.model_path)
-        own = [model] if model.is_file() else sorted(model.rglob("*.safetensors"))  # none for a hub id
-        weights = [(str(p.relative_to(model)), p.stat().st_size, p.stat().st_mtime_ns) for p in own]
         c = self.config
         settings = [c.resolution, c.aspect_buckets, c.bucket_step, c.max_aspect, c.crop, c.flip, c.shard_size]
         clips = [asdict(c.clips)] if c.clips else []
-        parts = ["4", self.source.identity, settings + clips, self.model_path, weights]
+        parts = ["4", self.source.identity, settings + clips, self.model_path, _weights(self.model_path)]
+        if self.teacher_loras:
+            parts.append([(path, _weights(path)) for path in self.teacher_loras])
         return self.root / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     @property
@@ -282,7 +285,7 @@ class LatentCache:
             encoded = []
             for batch in _chunks(own, self.config.encode_batch_size):
                 example, bad = encode(batch, size, self.backbone, self.config)
-                left_out += bad
+                left_out += bad.values()
                 encoded += [example.tensors] if example else []
                 bar.update(len(batch))
             if encoded:
@@ -321,6 +324,13 @@ class LatentCache:
         captions = tuple(caption for report in reports for caption in report["captions"])[:_SHOWN]
         buckets = {size: Bucket(tuple(examples)) for size, examples in sorted(parts.items())}
         return TrainingData(buckets, empty_conditioning(self.backbone), captions)
+
+
+def _weights(path: str) -> list[tuple[str, int, int]]:
+    """Name, size and time of the file, or of those below the folder; none for a hub id."""
+    root = Path(path)
+    found = [root] if root.is_file() else sorted(root.rglob("*.safetensors"))
+    return [(str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns) for p in found]
 
 
 def _chunks(records: Source | Sequence[Record], size: int) -> Iterator[list[Record]]:

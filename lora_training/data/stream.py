@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 
@@ -40,14 +40,15 @@ class StreamingData:
     def __init__(self, source: Source, config: DataConfig, backbone: Backbone, seed: int, process: int = 0, processes: int = 1):
         self._source, self._config, self._backbone = source, config, backbone
         self._seed, self._process, self._processes = seed, process, processes
-        self._left_out: list[str] = []
-        self._seen = 0
+        self._left_out: dict[str, str] = {}  # by name: what is broken is met again every time round
+        self._seen = 0  # of the first time round
         self._batches: Iterator[tuple[Size, list[Record]]] | None = None
         self._next: Future | None = None
         self._pool = ThreadPoolExecutor(1)
         self._last: Example | None = None
         self.empty = empty_conditioning(backbone)
         self.fixed = self._first()
+        self._seen = 0  # they come again
         self.captions = self.fixed.captions
 
     def _first(self) -> TrainingData:
@@ -55,7 +56,7 @@ class StreamingData:
         size, records = next(self._sized(_FIXED, shuffled=False))
         example, left_out = encode(records, size, self._backbone, self._config)
         if example is None:
-            raise ValueError(f"None of the first {self._config.noun}s can be used:\n" + "\n".join(left_out))
+            raise ValueError(f"None of the first {self._config.noun}s can be used:\n" + "\n".join(left_out.values()))
         return TrainingData({size: Bucket((example,))}, self.empty, tuple(record.caption for record in records))
 
     @property
@@ -75,15 +76,13 @@ class StreamingData:
         """This process's part, without what is known to be unusable."""
         draw = np.random.default_rng([self._seed, epoch])
         buffer: list[Record] = []
-        usable = 0
         for number, record in enumerate(self._source):
             if number % self._processes != self._process:
                 continue
             self._seen += epoch == 0
             if record.problem:
-                self._leave_out([f"{record.name} {record.problem}"], epoch)
+                self._leave_out({record.name: f"{record.name} {record.problem}"})
                 continue
-            usable += 1
             if not shuffled:
                 yield record
                 continue
@@ -94,29 +93,33 @@ class StreamingData:
                 yield buffer.pop()
         draw.shuffle(buffer)
         yield from buffer
-        if not usable:
-            raise ValueError(f"data.path: no {self._config.noun} can be used.\n" + "\n".join(self._left_out[:20]))
 
-    def _leave_out(self, lines: Sequence[str], epoch: int) -> None:
-        if epoch == 0 and lines:
-            self._left_out += lines
-            if self._seen >= _CHECKED_FROM:
-                check_share(self._left_out, self._seen, self._config)
+    def _leave_out(self, lines: Mapping[str, str]) -> None:
+        """Count what was not counted before; by name, for what PIL says of bytes differs from one time to the next."""
+        new = {name: line for name, line in lines.items() if name not in self._left_out}
+        self._left_out |= new
+        if new and self._seen >= _CHECKED_FROM:
+            check_share(list(self._left_out.values()), self._seen, self._config)
 
     def _sized(self, batch_size: int, shuffled: bool = True) -> Iterator[tuple[Size, list[Record]]]:
         """Batches of one size each; what does not fill a batch waits for the next time round."""
         sizes = bucket_sizes(self._config)
         waiting: dict[Size, list[Record]] = defaultdict(list)
         for epoch in count():
+            usable = 0
             for record in self._records(epoch, shuffled):
                 try:
                     size = bucket_of(record, sizes, self._config)
                 except ValueError as error:
-                    self._leave_out([str(error)], epoch)
+                    self._leave_out({record.name: str(error)})
                     continue
+                usable += 1
                 waiting[size].append(record)
                 if len(waiting[size]) == batch_size:
                     yield size, waiting.pop(size)
+            if not usable:
+                listed = list(self._left_out.values())[:20]
+                raise ValueError(f"data.path: no {self._config.noun} can be used.\n" + "\n".join(listed))
             if not shuffled and waiting:
                 size = max(waiting, key=lambda key: len(waiting[key]))
                 yield size, waiting.pop(size)
@@ -133,7 +136,7 @@ class StreamingData:
         while True:
             size, records = next(self._batches)
             example, left_out = encode(records, size, self._backbone, self._config)
-            self._leave_out(left_out, epoch=0)
+            self._leave_out(left_out)
             if example is None and self._last is None:
                 continue
             self._last = example or self._last

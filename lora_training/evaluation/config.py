@@ -17,7 +17,8 @@ class ReferenceConfig:
     """The pictures that a method's should be like.
 
     Attributes:
-        folder: of pictures, or of clips in any form that training reads, such as the data's own; empty: drawn by `method`.
+        folder: of pictures, or of clips in any form that training reads, such as the data's own; turned upright, scaled and
+            cropped to `size` as training does it. Empty: drawn by `method`.
         method: usually the teacher at many steps.
         seed: of its noise: none of the methods', so that it is a distribution and not the same pictures.
     """

@@ -209,7 +209,8 @@ class Gallery:
             indices: N numbers, which with the seed name the noise: the initial one and what is drawn on the way.
             size: (height, width).
             seed: of all noise.
-            negative_prompts: N texts.
+            negative_prompts: N texts, empty for none. If all are, the unguided half is told what the pipeline tells it without
+                any, which for SDXL are zeros, as in training, and not the embedding of an empty text.
             guidance_scale: instead of the method's.
             output_type: `pt`: pictures (N, 3, H, W), or clips (N, F, 3, H, W), in [0, 1]; `latent`: as `noise`.
 
@@ -220,7 +221,7 @@ class Gallery:
         latents = self.noise(indices, size, seed).to(self.pipe.unet.device, self.pipe.unet.dtype)
         drawn = self.pipe(
             prompt=list(prompts),
-            negative_prompt=None if negative_prompts is None else list(negative_prompts),
+            negative_prompt=list(negative_prompts) if negative_prompts and any(negative_prompts) else None,
             latents=latents,
             num_inference_steps=steps,
             guidance_scale=self._guidance[name] if guidance_scale is None else guidance_scale,

@@ -9,7 +9,7 @@ import torch
 
 from pcm_scheduler.phases import PhaseGrid
 
-from ..backbones import FAMILIES
+from ..backbones import FAMILIES, Backbone
 from ..backbones.conditioning import expanded
 from ..config import DTYPES
 from ..teacher import Levels, Prediction, guided_prediction, levels_of
@@ -24,7 +24,7 @@ def ode_rows(
     """The error at the end, and at every edge that is visited, of each adapter at each number of steps.
 
     Means over prompts, of x_t's elements, whose variance is about 1. Adapters that are sampled with new noise have one in a
-    single step alone.
+    single step alone. The ODE is that of the betas which an adapter's file states, as in drawing.
     """
     asked = config.ode
     names = [
@@ -39,14 +39,15 @@ def ode_rows(
     names = [name for name in names if measured[name]]
     if asked.count == 0 or not names:
         return []
-    backbone = FAMILIES[config.model.family](gallery.pipe)
+    family = FAMILIES[config.model.family]
+    backbone = family(gallery.pipe)
     texts = prompts[: asked.count]
     conditioning = backbone.encode_prompts(texts)
     frame = expanded(backbone.frame_conditioning(config.size, (0, 0), config.size), len(texts))
     conditioning, empty = conditioning | frame, expanded(backbone.empty_conditioning(), len(texts))
     noise = gallery.noise(range(len(texts)), config.size, seed).to(device)
 
-    def predicting(levels: Levels, guidance_scale: float) -> Prediction:
+    def predicting(backbone: Backbone, levels: Levels, guidance_scale: float) -> Prediction:
         """Of the network as it is now."""
         predict = guided_prediction(backbone, levels, conditioning, empty, torch.full((len(texts),), guidance_scale))
 
@@ -58,23 +59,26 @@ def ode_rows(
 
     edges = {edge for name in names for edge in gallery.settings[name].grid.edges[1:]}
     (length,) = {gallery.settings[name].grid.num_train_timesteps for name in names}
-    fine = PhaseGrid.from_timesteps(sorted(edges), asked.solver_steps, length)  # one solution for all adapters
-    solved: dict[float, States] = {}
+    fine = PhaseGrid.from_timesteps(sorted(edges), asked.solver_steps, length)  # one solution for all adapters of like betas
+    solved: dict[tuple[float, ...], States] = {}
     rows = []
     for name in names:
         settings = gallery.settings[name]
         grid, sampled = settings.grid, gallery.guidance_scale(name)
         # of an unguided teacher guidance is left to sampling, and the ODE to follow is the one guided so
         guidance_scale = sampled if settings.training_guidance_scale == 1 else settings.training_guidance_scale
-        if guidance_scale not in solved:
+        gallery.put_in_place(name)
+        backbone = family(gallery.pipe)  # on the betas of the scheduler that is in place
+        ode = (guidance_scale, *backbone.alphas.tolist())
+        if ode not in solved:
             gallery.put_in_place(None)
             levels = levels_of(backbone, fine)
-            solved[guidance_scale] = teacher_states(predicting(levels, guidance_scale), levels, noise, fine)
-        gallery.put_in_place(name)
+            solved[ode] = teacher_states(predicting(backbone, levels, guidance_scale), levels, noise, fine)
+            gallery.put_in_place(name)
         levels = levels_of(backbone, grid)
-        predict = predicting(levels, sampled)
+        predict = predicting(backbone, levels, sampled)
         for steps in measured[name]:
-            errors = ode_errors(student_states(predict, levels, noise, grid, steps), solved[guidance_scale])
+            errors = ode_errors(student_states(predict, levels, noise, grid, steps), solved[ode])
             row: dict[str, Any] = {"method": name, "steps": steps, "ode_error": errors.pop(END).mean().item()}
             rows.append(row | {f"at {timestep}": error.mean().item() for timestep, error in errors.items()})
     return rows

@@ -19,13 +19,14 @@ from ..backbones import load_backbone
 from ..config import DataConfig, chosen
 from ..cpu import precision_here
 from ..data.clips import load_clip
+from ..data.pictures import load_picture
 from ..data.sources import Record, clips_in
 from ..distances import load_lpips
 from .alignment import Scorer, load_scorer, mean_score
 from .config import EvaluationConfig, PairConfig
 from .distribution import Moments, frechet_distance, kernel_distance, precision_recall
 from .features import extract, load_features
-from .generation import Pictures, folder_of, generate, read_picture
+from .generation import Pictures, folder_of, generate
 from .methods import Gallery, MethodConfig
 from .ode import ode_rows
 from .prompts import read_pairs, read_prompts
@@ -72,7 +73,6 @@ class Evaluation:
             scale = backbone.latent_scale
             backbone.check_sample((4, clips.frames, config.size[0] // scale, config.size[1] // scale))
         pipe = backbone.pipe
-        pipe.scheduler.register_to_config(prediction_type=backbone.prediction_type)
         pipe.to(device, torch.float16 if config.precision == "fp16" else torch.float32)
         if config.precision == "bf16":
             pipe.unet.forward = convert_outputs_to_fp32(torch.autocast(device.type, torch.bfloat16)(pipe.unet.forward))
@@ -130,7 +130,7 @@ class Evaluation:
         if clips:
             framing = DataConfig(clips=clips.of_reference)
             return (load_clip(Record(str(path), path), self.config.size, framing).pixels for path in files)
-        return (read_picture(path)[None] for path in files)
+        return (load_picture(Record(str(path), path), self.config.size, DataConfig()).pixels for path in files)
 
     def measure(self) -> list[Row]:
         """A row for every method and number of steps, over all seeds."""

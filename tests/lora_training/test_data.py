@@ -441,6 +441,22 @@ def test_other_words_or_settings_are_another_cache(tmp_path, backbone):
     assert name(resolution=64) != first
 
 
+def test_what_is_merged_into_the_model_is_another_cache(tmp_path, backbone):
+    """A LoRA may change the text encoders, and a file of the same name may be another one."""
+    config = DataConfig(path=str(folder_of(tmp_path / "data", 1)), resolution=64)
+    lora = tmp_path / "style.safetensors"
+
+    def name(*loras):
+        return LatentCache(open_source(config), config, backbone, str(MODEL_DIR), tmp_path, loras).folder
+
+    lora.write_bytes(b"one")
+    first = name(str(lora))
+    assert name(str(lora)) == first
+    assert len({first, name(), name("someone/style"), name(str(lora), str(lora))}) == 4
+    lora.write_bytes(b"another")
+    assert name(str(lora)) != first
+
+
 def test_dropped_captions_become_the_empty_one(tmp_path, backbone):
     data = encoded(DataConfig(path=str(folder_of(tmp_path / "data", 2)), resolution=64), backbone, tmp_path)
     _, told = data.draw(64, torch.Generator().manual_seed(0), CPU, caption_dropout=0.5)
@@ -502,6 +518,30 @@ def test_a_stream_says_when_nothing_or_too_little_can_be_used(tmp_path, backbone
     data = stream(DataConfig(path=str(folder), resolution=16, streaming=True, shuffle_buffer=2), backbone)
     with pytest.raises(ValueError, match=r"cannot be used"):
         batches_of(data, 70)
+
+
+def test_what_is_broken_is_counted_once_however_often_a_stream_comes_round(backbone, capsys):
+    """One of 120 is less than the hundredth that may be; counted at every time round it would be more at the second."""
+
+    class Listed:
+        identity, total = None, 120
+
+        def __iter__(self):
+            for i in range(120):
+                yield Record(f"picture {i}", b"broken" if i == 119 else grey(i, (16, 16)), "words")
+
+    config = DataConfig(resolution=16, streaming=True, shuffle_buffer=1)
+    batches_of(StreamingData(Listed(), config, backbone, seed=3), 20, batch_size=20)  # more than three times round
+    assert capsys.readouterr().err.count("1 of 120 pictures cannot be used") == 1
+
+
+def test_a_stream_whose_sizes_cannot_be_told_is_refused(tmp_path, backbone):
+    """It would be looked through for one that can be used again and again."""
+    folder = folder_of(tmp_path / "broken", 3)
+    for path in folder.glob("*.png"):
+        path.write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"(?s)no picture can be used.*000\.png cannot be read"):
+        stream(DataConfig(path=str(folder), aspect_buckets=True, streaming=True), backbone)
 
 
 def test_data_settings_that_cannot_be_are_refused():

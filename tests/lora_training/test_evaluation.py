@@ -6,6 +6,7 @@ import dataclasses
 import json
 
 import pytest
+import tiny_models
 import torch
 import yaml
 from evaluate import ADAPTERS
@@ -28,6 +29,8 @@ from lora_training.evaluation.ode import ode_rows
 from lora_training.evaluation.prompts import read_pairs, read_prompts
 from lora_training.evaluation.report import is_best, table, write_report
 from lora_training.evaluation.run import Evaluation
+from pcm_scheduler.lora_file import AdapterSettings, write_kohya
+from pcm_scheduler.phases import PhaseGrid
 
 from model import HERE, MODEL_DIR, load_pipeline
 
@@ -107,6 +110,28 @@ def test_an_adapter_sampled_with_noise_is_beside_the_ode_in_one_step_alone(confi
     assert 0 < row["ode_error"] < 2
 
 
+def test_the_ode_is_that_of_an_adapters_own_betas(config, tmp_path):
+    """Beside an adapter of other betas too, which drew last."""
+    grid, methods = PhaseGrid.even(2, 4), []
+    for name in ("scaled_linear", "linear"):
+        settings = AdapterSettings("sd15", grid.edges, 4, beta_schedule=name, beta_start=0.00085, beta_end=0.012)
+        path = tmp_path / f"{name}.safetensors"
+        write_kohya(path, tiny_models.random_lora(tiny_models.image_unet()), settings, name)
+        methods.append(MethodConfig(name, str(path), steps=(2,)))
+    config.ode, config.size = OdeConfig(count=1, steps=(2,), solver_steps=4), (16, 16)
+
+    def measured(*methods):
+        config.methods = methods
+        gallery = Gallery(tiny_models.image_pipeline(), methods)
+        gallery.put_in_place(methods[-1].name)
+        return [row["ode_error"] for row in ode_rows(gallery, config, ["a cat"], 0, torch.device("cpu"))]
+
+    own, other = measured(methods[0]), measured(methods[1])
+    assert own != other
+    assert measured(*methods) == own + other
+    assert measured(*reversed(methods)) == other + own
+
+
 def test_several_noises_give_means_and_spreads(config):
     config.guidance, config.ode, config.alignment, config.reference.folder = GuidanceConfig(), OdeConfig(), None, ""
     config.negative = NegativeConfig()
@@ -149,9 +174,20 @@ def test_the_reference_may_be_a_folder_of_pictures(config, tmp_path):
     for i in range(4):
         noise = torch.randint(0, 256, (128, 128, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
         Image.fromarray(noise.numpy()).save(folder / f"{i}.png")
+    turned = Image.new("RGB", (400, 256), "white")  # its right third is black, which is its lower third once it is upright
+    turned.paste("black", (267, 0, 400, 256))
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(folder / "photograph.jpg", exif=exif, quality=95)
+    Image.new("RGBA", (64, 64), (0, 0, 0, 0)).save(folder / "transparent.png")
     config.reference.folder = str(folder)
     evaluation = Evaluation(config)
-    assert torch.cat(list(evaluation.reference())).shape == (4, 3, 128, 128)
+    found = torch.cat(list(evaluation.reference()))
+    assert found.shape == (6, 3, 128, 128)
+    photograph, transparent = found[4:]
+    assert photograph[:, :80].min() > 0.9
+    assert photograph[:, -16:].max() < -0.9
+    assert transparent.min() == 1
     config.reference.folder = str(tmp_path / "nothing")
     with pytest.raises(ValueError, match="has 0 pictures"):
         list(Evaluation(config).reference())

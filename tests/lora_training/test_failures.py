@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from training_runs import losses_of, stop_at, tiny_config, tiny_folder
 
 from lora_training import dry_run, loop, train
+from lora_training.backbones import Backbone
 from lora_training.checkpoint import NotFinite, differences, save_checkpoint
 from lora_training.data import stream
 from lora_training.evaluation.alignment import ScorerConfig, load_scorer
@@ -24,6 +25,7 @@ from lora_training.evaluation.methods import Gallery, MethodConfig
 from lora_training.files import CannotWrite, check_writable, replaced, write_text
 from lora_training.loop import Interrupted, Run, run
 from lora_training.objectives import ConsistencyObjective
+from pcm_scheduler import read_settings
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +85,17 @@ def test_a_disk_that_is_full_of_latents_keeps_the_shards_that_are_whole(folder, 
     stamp = shard.stat().st_mtime_ns
     assert len(Run(config).data) == 8
     assert shard.stat().st_mtime_ns == stamp
+
+
+def test_memory_that_is_short_while_pictures_are_encoded_says_how_to_encode_fewer(folder, tmp_path, monkeypatch):
+    def short(self, images):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Backbone, "encode_images", short)
+    settings = {"data.cache": tmp_path / "cache"}
+    for size, says in ((8, "data.encode_batch_size: 4"), (1, "a smaller data.resolution")):
+        with pytest.raises(RuntimeError, match=rf"^Out of memory\. Next to try: {says}\. \(CUDA"):
+            Run(tiny_config(folder, tmp_path / "a.safetensors", **settings, **{"data.encode_batch_size": size}))
 
 
 def test_data_that_are_not_there_are_said_as_before(folder, tmp_path):
@@ -227,9 +240,12 @@ def test_settings_that_were_edited_are_listed_and_refused_by_name(folder, unbrok
     assert "resume: no" in said
     capsys.readouterr()
     allowed = tiny_config(
-        folder, tmp_path / "a.safetensors", **{"checkpoint_every": 1, "validation.seed": 7, "data.encode_batch_size": 2}
+        folder,
+        tmp_path / "a.safetensors",
+        **{"checkpoint_every": 1, "validation.seed": 7, "data.encode_batch_size": 2, "sampling.guidance_scale": 1.5},
     )
     assert same(run(allowed), unbroken)
+    assert read_settings(allowed.output).guidance_scale == 1.5
     said = capsys.readouterr().err
     for line in ("after step 4", "checkpoint_every: 2 in the checkpoint, 1 now", "validation.seed: 0 in the checkpoint, 7 now"):
         assert line in said

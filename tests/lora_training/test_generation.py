@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import tiny_models
 import torch
 from evaluate import ADAPTERS
 
@@ -83,6 +84,20 @@ def test_other_noise_makes_other_pictures_on_disk_as_they_were_drawn(gallery, tm
         expected = gallery.draw("PCM", 2, PROMPTS[:2], (0, 1), SIZE, seed) * 2 - 1
         assert (drawn[seed] - expected).abs().max() <= 1.01 / 255
     assert (drawn[0] - drawn[1]).abs().mean() > 0.02
+
+
+def test_negative_prompts_that_say_nothing_are_none():
+    """For SDXL the unguided half is then zeros, as in training, and not the embedding of an empty text."""
+    pipe = tiny_models.sdxl_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    gallery = Gallery(pipe, [MethodConfig("plain", scheduler="ddim")])
+
+    def drawn(negative_prompts):
+        asked = {"negative_prompts": negative_prompts, "guidance_scale": 4.0, "output_type": "latent"}
+        return gallery.draw("plain", 2, ["a cat", "a dog"], [0, 1], (32, 32), **asked)
+
+    assert torch.equal(drawn(["", ""]), drawn(None))
+    assert not torch.equal(drawn(["a cow", ""]), drawn(None))
 
 
 def test_other_pictures_go_to_other_folders(tmp_path):

@@ -14,18 +14,20 @@ import pytest
 import tiny_models
 import torch
 import yaml
-from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+from diffusers import AnimateDiffPipeline, DDIMScheduler, StableDiffusionXLPipeline
 from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig as PeftLoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
-from safetensors.torch import load_file, save_model
-from training_runs import batch_for, config_for, losses_of, stop_at
+from safetensors.torch import load_file, save_file, save_model
+from training_runs import batch_for, config_for, losses_of, stop_at, tiny_config, tiny_folder
 from write_dataset import write_dataset
 
 from lora_training.backbones import load_backbone
+from lora_training.backbones.animatediff import AnimateDiff
 from lora_training.backbones.conditioning import expanded
 from lora_training.backbones.full_size import ADAPTED_MODULES, full_size_unet
+from lora_training.backbones.sd15 import StableDiffusion15
 from lora_training.checkpoint import load_checkpoint, save_checkpoint
 from lora_training.config import (
     LoraConfig,
@@ -44,6 +46,7 @@ from lora_training.randomness import generator_of
 from lora_training.students import TARGET, Adapter, adapted_modules
 from lora_training.teacher import SOLVERS, Levels, guided_prediction
 from lora_training.train import parse
+from lora_training.validation import draw_sheet
 from pcm_scheduler import load_pcm_lora, load_pcm_unet, read_settings
 from pcm_scheduler.lora_file import kohya_state_dict
 from pcm_scheduler.phases import PhaseGrid
@@ -90,6 +93,7 @@ def test_a_run_that_is_stopped_and_resumed_is_the_same_bit_for_bit(
     losses = losses_of(monkeypatch)
     whole = config_for(pictures, tmp_path / "whole.safetensors", steps=20)
     whole = dataclasses.replace(whole, objective=objective, lora=LoraConfig(rank=4, dropout=0.1))
+    whole.validation = ValidationConfig(every=8, prompts=("a red star",), steps=(1,), guidance_scales=(1.0,))
     if optimizer == "prodigy":
         pytest.importorskip("prodigyopt")
         whole.optimizer = dataclasses.replace(whole.optimizer, name="prodigy", learning_rate=1.0)
@@ -100,7 +104,7 @@ def test_a_run_that_is_stopped_and_resumed_is_the_same_bit_for_bit(
 
     config = dataclasses.replace(whole, output=str(tmp_path / "resumed.safetensors"))
     with monkeypatch.context() as patch:
-        stop_at(patch, 9)
+        stop_at(patch, 9 + 4)  # the loss is also computed four times by a validation
         with pytest.raises(Interrupted, match="after step 10"):
             run(config)
     assert not Path(config.output).exists()
@@ -302,6 +306,31 @@ def test_solvers_converge_at_their_order_on_an_ode_with_a_known_solution(name, o
     assert error(10) / error(20) > 0.8 * 2 ** (order + 1)
 
 
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("least", [0.0, 2.0**-24], ids=["zero", "clipped"])
+def test_solvers_step_down_from_a_point_without_signal(name, least):
+    """As above, from the top of a schedule with zero terminal SNR, or of one that clips it; of second order in alpha below."""
+    alphas_cumprod = DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, rescale_betas_zero_snr=True
+    ).alphas_cumprod
+    alphas_cumprod[-1] = least
+    stops = torch.tensor(PhaseGrid.even(1).timesteps)
+    levels, mu, spread = Levels(stops, alphas_cumprod[stops].sqrt(), (1 - alphas_cumprod[stops]).sqrt()), 0.7, 0.4
+
+    def width(n):
+        alpha, sigma = levels(n)
+        return (alpha**2 * spread**2 + sigma**2).sqrt()
+
+    def teacher(x, n):
+        alpha, _ = levels(n)
+        return mu + alpha * spread**2 / width(n) ** 2 * (x - alpha * mu)
+
+    n = torch.tensor([50])
+    on_path = lambda n: levels(n)[0] * mu + 1.3 * width(n)  # noqa: E731
+    got = SOLVERS[name](teacher, levels, on_path(n), n, n - 1)
+    torch.testing.assert_close(got, on_path(n - 1), rtol=0, atol=levels.alphas[49].item() ** 2)
+
+
 def test_the_jump_is_the_identity_at_the_edge_and_the_loss_vanishes_one_point_above_for_the_teacher(backbone):
     """An untrained student is the teacher: unguided, one point above an edge, student and target agree exactly."""
     latents, told, empty = batch_for(backbone)
@@ -485,13 +514,82 @@ def test_tensorboard_sees_the_loss(pictures, tmp_path):
     assert {"lr", "validation_loss", "consistency"} <= set(events.Tags()["scalars"])
 
 
-def test_validation_leaves_the_run_as_it_was(pictures, tmp_path):
-    """The same weights with and without looking."""
-    quiet = run(config_for(pictures, tmp_path / "quiet.safetensors"))
-    config = config_for(pictures, tmp_path / "watched.safetensors")
-    config.validation = dataclasses.replace(config.validation, every=1)
-    for key, tensor in load_file(run(config)).items():
-        assert torch.equal(tensor, load_file(quiet)[key]), key
+def test_validation_leaves_the_run_as_it_was(tmp_path):
+    """The same weights with and without looking, and the same figures at every look."""
+    folder, dropout = tiny_folder(tmp_path), {"lora.dropout": 0.5}
+    quiet = load_file(run(tiny_config(folder, tmp_path / "quiet.safetensors", **dropout)))
+    watched = load_file(run(tiny_config(folder, tmp_path / "watched.safetensors", **dropout, **{"validation.every": 1})))
+    for key, tensor in watched.items():
+        assert torch.equal(tensor, quiet[key]), key
+    trained = Run(tiny_config(folder, tmp_path / "again.safetensors", **dropout))
+    trained.step(0)
+    trained.validate(1)
+    trained.validate(2)
+    _, first, second = (tmp_path / "again.run" / "validation.csv").read_text().splitlines()
+    assert first.split(",")[1:] == second.split(",")[1:]
+
+
+def test_validation_samples_as_the_model_is_said_to_predict(tmp_path):
+    """The same pictures from a model that does not say that it predicts v and one that does."""
+    pipe = tiny_models.image_pipeline()
+    pipe.save_pretrained(tmp_path / "silent")
+    pipe.scheduler.register_to_config(prediction_type="v_prediction")
+    pipe.save_pretrained(tmp_path / "outspoken")
+    asked = PhaseGrid.even(2), ValidationConfig(steps=(2,), guidance_scales=(1.0,)), ["a cat"], (4, 8, 8), 0.0, 1
+    silent, outspoken = (
+        draw_sheet(load_backbone(ModelConfig(path=str(tmp_path / name), prediction_type=prediction_type)), *asked)
+        for name, prediction_type in (("silent", "v_prediction"), ("outspoken", None))
+    )
+    assert torch.equal(silent.latents, outspoken.latents)
+
+
+@pytest.mark.parametrize("video", [False, True], ids=["pictures", "clips"])
+def test_validation_draws_no_more_at_once_than_it_is_told_and_the_same(video, monkeypatch):
+    """Also where noise is drawn on the way."""
+    if video:
+        scheduler = DDIMScheduler(**tiny_models.BETAS, clip_sample=False, steps_offset=1)
+        pipe = AnimateDiffPipeline(**tiny_models.motion_parts(), scheduler=scheduler)
+        family, shape = AnimateDiff, (4, 2, 8, 8)
+    else:
+        pipe, family, shape = tiny_models.image_pipeline(), StableDiffusion15, (4, 8, 8)
+    backbone, sizes, original = family(pipe), [], family.sample_latents
+    monkeypatch.setattr(
+        family, "sample_latents", lambda self, noise, **call: sizes.append(len(noise)) or original(self, noise, **call)
+    )
+    config = ValidationConfig(steps=(2,), guidance_scales=(3.0,))
+    together, apart = (
+        draw_sheet(backbone, PhaseGrid.even(2), config, ["a cat", "a dog", "an owl"], shape, 1.0, at_once).latents
+        for at_once in (3, 2)
+    )
+    assert sizes == [3, 2, 1]
+    torch.testing.assert_close(together, apart, rtol=1e-3, atol=1e-3 * together.abs().max().item())
+
+
+def test_validation_takes_a_network_in_half_precision(tmp_path, monkeypatch):
+    """As a GPU's: on the CPU a run leaves the frozen weights in float32."""
+    trained = Run(tiny_config(tiny_folder(tmp_path), tmp_path / "a.safetensors"))
+    trained.backbone.unet.to(torch.bfloat16)
+    monkeypatch.setattr(trained.accelerator, "autocast", lambda: torch.autocast("cpu", torch.bfloat16))
+    trained.validate(1)
+    _, row = (tmp_path / "a.run" / "validation.csv").read_text().splitlines()
+    assert float(row.split(",")[1]) > 0
+
+
+def test_words_are_encoded_by_the_text_encoder_with_what_is_merged_into_it(tmp_path):
+    """Beside a cache of the model alone, which must not be taken for it."""
+    folder, lora = tiny_folder(tmp_path), tmp_path / "style.safetensors"
+    drawn = torch.Generator().manual_seed(0)
+    attention = ("unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q", 64), (
+        "text_encoder.text_model.encoder.layers.0.self_attn.q_proj", 32,
+    )  # fmt: skip
+    shapes = {f"{name}.lora_{k}.weight": shape for name, w in attention for k, shape in (("A", (2, w)), ("B", (w, 2)))}
+    save_file({name: torch.randn(shape, generator=drawn) for name, shape in shapes.items()}, lora)
+    plain, styled = (
+        Run(tiny_config(folder, tmp_path / "a.safetensors", **settings)).data.buckets[16, 16].rows(range(8))
+        for settings in ({}, {"model.teacher_loras": f"[{lora}]"})
+    )
+    assert torch.equal(plain["latent_means"], styled["latent_means"])
+    assert not torch.equal(plain["conditioning/prompt_embeds"], styled["conditioning/prompt_embeds"])
 
 
 def test_one_picture_is_enough(tmp_path):
@@ -574,6 +672,10 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(pictures, tmp_path,
         (["--lora.dropout", "2"], "between 0 and 1"),
         (["--lora.targets", "everything"], "attention"),
         (["--optimizer.steps", "0"], "positive"),
+        (["--sampling.num_inference_steps", "0"], "between 1 and objective.num_solver_steps=50; got 0"),
+        (["--sampling.num_inference_steps", "51"], "between 1 and objective.num_solver_steps=50; got 51"),
+        (["--sampling.guidance_scale", "-1"], "between 0 and 1e+06; got -1"),
+        (["--objective.guidance_scale", "2e6"], "at most 1e+06"),
     ],
 )
 def test_the_command_line_refuses_by_name(arguments, says, capsys):
