@@ -105,7 +105,6 @@ def variants() -> list[Variant]:
             | {"objective.name": "direct", "objective.solver_skip": 5, "objective.guidance_scale": 1.0},
             "pcm-1-unguided": ONE_PHASE | {"objective.guidance_scale": 1.0},
         },
-        "precision": {"float32": {"mixed_precision": "no"}},  # of which processors without bfloat16 make all rows
         "distance": {"l2": {"objective.distance": "l2"}},
         "solver": {"heun": {"objective.solver": "heun"}},
         "solver steps": {f"n-{n}": {"objective.num_solver_steps": n} for n in (20, 100)},

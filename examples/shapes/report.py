@@ -215,7 +215,6 @@ TABLES = {  # of ablations: heading, what is in it beside the base
     "objectives": "Objectives, with and without the critic",
     "phases": "One phase without the critic",
     "direct": "Direct against consistency",
-    "precision": "Precision of the networks in training",
     "distance": "Distance between student and target",
     "solver": "Solver of the teacher (the base: DDIM, which is Euler's)",
     "solver steps": "Solver steps N (the base: 50)",
@@ -324,15 +323,13 @@ Farneback's. A clip that stands still has cosine 1 and flow 0.
 
 
 def precisions(figures: Figures) -> str:
-    """Which rows were made in float32: those of `mixed_precision: no`, and all that processors without bfloat16 made."""
+    """Which rows were made in float32, as processors without bfloat16 make all."""
     single = [name for name, row in figures.items() if row.get("precision") == "float32"]
     if not single:
         return "The networks were trained and measured in bfloat16."
-    measured = (
-        "what that changes is in the table of precisions" if "float32" in figures else "what that changes is not measured"
-    )
     return (
-        f"In float32, on a processor without bfloat16: {', '.join(single)}. The others, the base too, in bfloat16; {measured}."
+        f"In float32, on a processor without bfloat16: {', '.join(single)}. The others, the base too, in bfloat16; what that "
+        "changes is not measured."
     )
 
 
