@@ -63,6 +63,11 @@ def is_motion(name: str) -> bool:
     return "motion_modules" in name
 
 
+def is_of_original(name: str) -> bool:
+    """Whether a module, by its path with underscores, is called as in the original UNet and not as in diffusers'."""
+    return name.startswith(("input_blocks", "middle_block", "output_blocks"))
+
+
 def dotted_name(underscored: str) -> str:
     """A UNet module's path from kohya's name for it: `mid_block_attentions_0_proj_in` is `mid_block.attentions.0.proj_in`.
 
@@ -73,8 +78,7 @@ def dotted_name(underscored: str) -> str:
     while position < len(underscored):
         match = _WORD.match(underscored, position)
         if match is None:
-            original = underscored.startswith(("input_blocks", "middle_block", "output_blocks"))
-            hint = " It is a name of the original UNet, not of diffusers'." if original else ""
+            hint = " It is a name of the original UNet, not of diffusers'." if is_of_original(underscored) else ""
             raise ValueError(f"{underscored} is not a module of a diffusers UNet, from {underscored[position:]!r} on.{hint}")
         words.append(match[1])
         position = match.end()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,12 +32,27 @@ from lora_training.train import main, parse
 
 from model import MODEL_DIR
 
+ROOT = Path(__file__).parent.parent
 TINY = {
     "data.resolution": 16, "data.shard_size": 4, "lora.rank": 2, "lora.dropout": 0.1, "objective.guidance_scale": 3.0,
     "optimizer.learning_rate": 1e-3, "optimizer.batch_size": 2, "optimizer.steps": 6, "optimizer.schedule": "cosine",
     "checkpoint_every": 2, "validation.steps": "[1]", "validation.guidance_scales": "[1.0]", "validation.prompts": "[a cat]",
 }  # fmt: skip
 """A run of a second or two on `tiny_folder`."""
+
+
+def launch(
+    script: str | Path, *arguments: str, config_file: str = "", num_processes: int = 1, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """`accelerate launch` of a script, on the CPU, in processes of its own that must end well."""
+    how = ["--config_file", config_file] if config_file else ["--cpu", "--num_machines", "1"]
+    how += ["--num_processes", str(num_processes)]
+    how += [] if config_file else ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *how, str(script), *arguments]
+    own = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | environment
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=own)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
 
 
 def tiny_folder(folder: Path) -> Path:

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.utils import logging
 
 from ..lora_file import AdapterSettings, companion, read_lora, read_settings, read_tensors, with_overrides
-from ..lora_layouts import LoraTensors, is_motion, to_diffusers
+from ..lora_layouts import LoraTensors, is_motion, is_of_original, to_diffusers
 from .fitting import fitting_scheduler, local_file
 
 logger = logging.get_logger(__name__)
@@ -68,7 +69,7 @@ def _check_motion(pipe: Any, lora: LoraTensors, path: Path) -> None:
     motion = [name for name in lora.modules if is_motion(name)]
     if not motion:
         return
-    present = {name.replace(".", "_") for name, _ in pipe.unet.named_modules()}
+    present = _modules(pipe)
     missing = [name for name in motion if name not in present]
     if not missing:
         return
@@ -91,10 +92,11 @@ def _check_fit(pipe: Any, lora: LoraTensors, path: Path) -> None:
     """Refuse matrices that lack their match, and those of another model, before anything in the pipeline changes."""
     for misfit in lora.misfits():
         raise ValueError(f"{path.name}: {misfit}")
-    present = {name.replace(".", "_"): getattr(module, "base_layer", module) for name, module in pipe.unet.named_modules()}
+    present = _modules(pipe)
     found = [name for name in lora.modules if name in present]
     for name in found:
-        weight, (down, up) = getattr(present[name], "weight", None), (lora.modules[name][part] for part in ("down", "up"))
+        weight = getattr(getattr(present[name], "base_layer", present[name]), "weight", None)
+        down, up = lora.modules[name]["down"], lora.modules[name]["up"]
         if weight is None or not weight.is_floating_point():  # as quantised weights are, in shapes of their own
             continue
         of_model, of_file = tuple(weight.shape), (up.shape[0], *down.shape[1:])
@@ -103,14 +105,14 @@ def _check_fit(pipe: Any, lora: LoraTensors, path: Path) -> None:
                 f"{path.name} was trained for another model: its matrices for {name} make a weight of {of_file}, and in this "
                 f"{type(pipe.unet).__name__} it is {of_model}."
             )
-    if not found and not _is_of_original(lora):
+    if not found and not any(map(is_of_original, lora.modules)):
         name = min(lora.modules)
         raise ValueError(f"{path.name} adapts nothing that this {type(pipe.unet).__name__} has: {name} is not in it.")
 
 
-def _is_of_original(lora: LoraTensors) -> bool:
-    """Whether modules are called as in the original UNet and not as in diffusers'."""
-    return any(name.startswith(("input_blocks_", "middle_block_", "output_blocks_")) for name in lora.modules)
+def _modules(pipe: Any) -> dict[str, torch.nn.Module]:
+    """The UNet's, by their paths with underscores."""
+    return {name.replace(".", "_"): module for name, module in pipe.unet.named_modules()}
 
 
 def _load_weights(pipe: Any, lora: LoraTensors, path: Path, adapter_name: str) -> None:
@@ -120,11 +122,10 @@ def _load_weights(pipe: Any, lora: LoraTensors, path: Path, adapter_name: str) -
     kohya's layout DoRA magnitudes, motion modules, and the alphas of attention modules where alphas differ, and hands what
     the header says to PEFT, which runs its `rank_pattern` and `target_modules` as regular expressions. One may take years.
     """
-    tensors = read_tensors(path)[0]
-    if _is_of_original(lora):  # of which diffusers has the table
+    if any(map(is_of_original, lora.modules)):  # of which diffusers has the table
         if lora.has_magnitudes or len({lora.alpha(name) for name in lora.modules}) > 1:
             raise ValueError(f"{path.name} has DoRA magnitudes or several alphas under the original UNet's names: convert it.")
-        pipe.load_lora_weights(tensors, adapter_name=adapter_name)
+        pipe.load_lora_weights(read_tensors(path)[0], adapter_name=adapter_name)
         return
     whole, metadata = to_diffusers(lora)
     pipe.load_lora_into_unet(
@@ -135,8 +136,9 @@ def _load_weights(pipe: Any, lora: LoraTensors, path: Path, adapter_name: str) -
         metadata=json.loads(metadata),
         _pipeline=pipe,
     )
-    of_text = {key: tensors[key] for key in lora.strangers if key.startswith("text_encoder")}
-    if of_text:
-        pipe.load_lora_weights(of_text, adapter_name=adapter_name)
+    of_text = [key for key in lora.strangers if key.startswith("text_encoder")]
+    if of_text:  # which adapters of this project have not: the file is read once more
+        tensors = read_tensors(path)[0]
+        pipe.load_lora_weights({key: tensors[key] for key in of_text}, adapter_name=adapter_name)
     if left_out := [key for key in lora.strangers if key not in of_text]:
         logger.warning(f"{len(left_out)} tensors of {path.name} are of no LoRA of a UNet and left out, such as {left_out[0]}.")

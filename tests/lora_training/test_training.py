@@ -20,7 +20,7 @@ from peft import LoraConfig as PeftLoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file, save_model
-from training_runs import batch_for, config_for, losses_of, stop_at, tiny_config, tiny_folder
+from training_runs import batch_for, config_for, launch, losses_of, stop_at, tiny_config, tiny_folder
 from write_dataset import write_dataset
 
 from lora_training.backbones import load_backbone
@@ -53,6 +53,7 @@ from pcm_scheduler.phases import PhaseGrid
 
 from model import MODEL_DIR, load_pipeline
 
+TRAIN = "lora_training/train.py"
 UNET_FILE = "diffusion_pytorch_model.safetensors"
 ROOT = Path(__file__).parent.parent.parent
 
@@ -692,18 +693,6 @@ def test_a_misspelt_key_in_the_file_is_named_with_the_right_one(tmp_path, capsys
     assert "Did you mean objective.num_phases" in capsys.readouterr().err
 
 
-def launch(*arguments, config_file=None, num_processes=1):
-    """`accelerate launch lora_training/train.py` in a process of its own."""
-    how = ["--config_file", config_file] if config_file else ["--cpu", "--num_machines", "1"]
-    how += ["--num_processes", str(num_processes)]
-    how += [] if config_file else ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *how, "lora_training/train.py", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
-
-
 def shapes_arguments(pictures, output, **settings):
     given = {
         "config": "examples/configs/shapes_pcm4.yaml", "model.path": MODEL_DIR, "data.path": pictures,
@@ -715,7 +704,7 @@ def shapes_arguments(pictures, output, **settings):
 
 def test_accelerate_launches_the_script_with_the_shipped_configuration(pictures, tmp_path):
     output = tmp_path / "adapter.safetensors"
-    done = launch(*shapes_arguments(pictures, output))
+    done = launch(TRAIN, *shapes_arguments(pictures, output))
     assert f"wrote {output}" in done.stdout
     assert "loss=" in done.stderr
     assert read_settings(output).grid.num_phases == 4
@@ -723,7 +712,8 @@ def test_accelerate_launches_the_script_with_the_shipped_configuration(pictures,
 
 def test_two_processes_train_one_adapter_on_different_samples(pictures, tmp_path):
     two, one = tmp_path / "two.safetensors", tmp_path / "one.safetensors"
-    done = launch(*shapes_arguments(pictures, two), config_file="examples/accelerate/two_processes_cpu.yaml", num_processes=2)
+    two_processes = "examples/accelerate/two_processes_cpu.yaml"
+    done = launch(TRAIN, *shapes_arguments(pictures, two), config_file=two_processes, num_processes=2)
     assert done.stdout.count("wrote") == 1
     run(parse(shapes_arguments(pictures, one)))
     pairs = [(tensor, load_file(one)[key]) for key, tensor in load_file(two).items()]
@@ -749,7 +739,7 @@ def test_fsdp_goes_on_from_a_checkpoint_as_processes_with_whole_networks_do(pict
         files[name] = tmp_path / f"{name}.safetensors"
         shutil.copytree(begun.checkpoints.folder, files[name].with_suffix(".run") / "checkpoints")
         arguments = shapes_arguments(pictures, files[name], **overrides)
-        done = launch(*arguments, config_file=f"examples/accelerate/{name}.yaml", num_processes=2)
+        done = launch(TRAIN, *arguments, config_file=f"examples/accelerate/{name}.yaml", num_processes=2)
         assert ("split between 2 processes" in done.stdout) == (name == "fsdp")
         assert done.stdout.count("wrote") == 1
     whole, split = (load_file(path) for path in files.values())
@@ -809,7 +799,7 @@ def test_a_whole_unet_resumes_bit_for_bit_with_its_running_average(pictures, tmp
 
 def test_sigterm_saves_and_exits_with_0(pictures, tmp_path):
     output = tmp_path / "adapter.safetensors"
-    command = [sys.executable, "lora_training/train.py", *shapes_arguments(pictures, output, **{"optimizer.steps": 10000})]
+    command = [sys.executable, TRAIN, *shapes_arguments(pictures, output, **{"optimizer.steps": 10000})]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log = ""
