@@ -37,7 +37,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_training.backbones import FAMILIES, Backbone
-from lora_training.config import DataConfig, LoraConfig, ObjectiveConfig
+from lora_training.config import DataConfig, LoraConfig, ModelConfig, ObjectiveConfig
 from lora_training.cpu import keep_freed_memory, use_plain_attention
 from lora_training.data.latent_cache import LatentCache, TrainingData
 from lora_training.data.sources import Record
@@ -235,7 +235,8 @@ def counts_up_to(most: int) -> list[int]:
 def cache_of(count: int, folder: Path) -> LatentCache:
     """Shards of a thousand."""
     backbone: Any = Averages()
-    return LatentCache(source(count), DataConfig(resolution=8, encode_batch_size=64), backbone, "averages", folder)
+    data, model = DataConfig(resolution=8, encode_batch_size=64), ModelConfig(path="averages")
+    return LatentCache(source(count), data, backbone, model, folder)
 
 
 class Caches:

@@ -139,7 +139,7 @@ class Run:
         if config.data.streaming:
             return StreamingData(source, config.data, self.backbone, config.seed, *process)
         root = Path(config.data.cache) if config.data.cache else self.output.parent / "cache"
-        cache = LatentCache(source, config.data, self.backbone, config.model.path, root, config.model.teacher_loras)
+        cache = LatentCache(source, config.data, self.backbone, config.model, root)
         cache.encode(*process)
         accelerator.wait_for_everyone()
         data = cache.open()

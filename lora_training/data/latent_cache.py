@@ -23,7 +23,7 @@ from tqdm import tqdm
 from pcm_scheduler.lora_file import write_safetensors
 
 from ..backbones import Backbone, Conditioning
-from ..config import DataConfig
+from ..config import DataConfig, ModelConfig
 from ..files import writing
 from ..randomness import sent
 from .clips import clip_size, load_clip
@@ -225,17 +225,16 @@ class LatentCache:
         source: what is encoded.
         config: sizes, crops, shards.
         backbone: encodes; on whatever device it is.
-        model_path: part of the cache's name, so that models do not share latents.
+        model: part of the cache's name, so that models do not share latents; so are the LoRA files that are merged into it, and
+            so perhaps into its text encoders.
         root: the folder of all caches.
-        teacher_loras: LoRA files that the model has merged into it, and so perhaps into its text encoders; part of the name.
     """
 
     source: Source
     config: DataConfig
     backbone: Backbone
-    model_path: str
+    model: ModelConfig
     root: Path
-    teacher_loras: tuple[str, ...] = ()
 
     @cached_property
     def folder(self) -> Path:
@@ -243,9 +242,11 @@ class LatentCache:
         c = self.config
         settings = [c.resolution, c.aspect_buckets, c.bucket_step, c.max_aspect, c.crop, c.flip, c.shard_size]
         clips = [asdict(c.clips)] if c.clips else []
-        parts = ["4", self.source.identity, settings + clips, self.model_path, _weights(self.model_path)]
-        if self.teacher_loras:
-            parts.append([(path, _weights(path)) for path in self.teacher_loras])
+        parts = ["4", self.source.identity, settings + clips, self.model.path, _weights(self.model.path)]
+        if self.model.teacher_loras:
+            parts.append([(path, _weights(path)) for path in self.model.teacher_loras])
+        if self.model.single_file_config:
+            parts.append(self.model.single_file_config)
         return self.root / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     @property

@@ -105,7 +105,7 @@ def backbone():
 
 
 def encoded(config, backbone, root, processes=1):
-    cache = LatentCache(open_source(config), config, backbone, "tiny", root)
+    cache = LatentCache(open_source(config), config, backbone, ModelConfig(path="tiny"), root)
     for process in reversed(range(processes)):
         cache.encode(process, processes)
     return cache.open()
@@ -513,7 +513,7 @@ def test_every_clip_setting_is_another_cache(tmp_path, backbone):
     folder = captioned(tmp_path / "data", 1)
 
     def name(config):
-        return LatentCache(open_source(config), config, backbone, "tiny", tmp_path).folder
+        return LatentCache(open_source(config), config, backbone, ModelConfig(path="tiny"), tmp_path).folder
 
     variants = [{}, {"frames": 8}, {"stride": 2}, {"fps": 4.0}, {"start": "random"}, {"skip_seconds": 0.5}]
     assert len({name(data_config(folder, **settings)) for settings in variants}) == len(variants)

@@ -67,7 +67,7 @@ def shard_members(numbers) -> dict[str, bytes]:
 
 
 def cache_of(source, config, backbone, root):
-    return LatentCache(source, config, backbone, str(MODEL_DIR), root)
+    return LatentCache(source, config, backbone, ModelConfig(path=str(MODEL_DIR)), root)
 
 
 def encoded(config, backbone, root):
@@ -441,18 +441,20 @@ def test_other_words_or_settings_are_another_cache(tmp_path, backbone):
     assert name(resolution=64) != first
 
 
-def test_what_is_merged_into_the_model_is_another_cache(tmp_path, backbone):
-    """A LoRA may change the text encoders, and a file of the same name may be another one."""
+def test_what_the_model_is_made_of_is_another_cache(tmp_path, backbone):
+    """A LoRA may change the text encoders, and a file of the same name may be another one; a single file is read as told."""
     config = DataConfig(path=str(folder_of(tmp_path / "data", 1)), resolution=64)
     lora = tmp_path / "style.safetensors"
 
-    def name(*loras):
-        return LatentCache(open_source(config), config, backbone, str(MODEL_DIR), tmp_path, loras).folder
+    def name(*loras, **settings):
+        model = ModelConfig(path=str(MODEL_DIR), teacher_loras=loras, **settings)
+        return LatentCache(open_source(config), config, backbone, model, tmp_path).folder
 
     lora.write_bytes(b"one")
     first = name(str(lora))
     assert name(str(lora)) == first
-    assert len({first, name(), name("someone/style"), name(str(lora), str(lora))}) == 4
+    others = [name(), name("someone/style"), name(str(lora), str(lora)), name(single_file_config="someone/model")]
+    assert len({first, *others}) == 5
     lora.write_bytes(b"another")
     assert name(str(lora)) != first
 
