@@ -20,7 +20,7 @@ from peft import LoraConfig as PeftLoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file, save_model
-from training_runs import batch_for, config_for, launch, losses_of, stop_at, tiny_config, tiny_folder
+from training_runs import ROOT, batch_for, config_for, launch, losses_of, stop_at, tiny_config, tiny_folder
 from write_dataset import write_dataset
 
 from lora_training.backbones import load_backbone
@@ -55,7 +55,6 @@ from model import MODEL_DIR, load_pipeline
 
 TRAIN = "lora_training/train.py"
 UNET_FILE = "diffusion_pytorch_model.safetensors"
-ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")
