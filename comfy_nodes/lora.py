@@ -12,7 +12,7 @@ import comfy.supported_models
 import torch
 from comfy.weight_adapter import LoRAAdapter
 
-from ..pcm_scheduler.lora_layouts import METADATA_KEY, sort_tensors, to_kohya
+from ..pcm_scheduler.lora_layouts import METADATA_KEY, LoraTensors, sort_tensors, to_kohya
 
 FAMILIES = {
     "sd15": comfy.supported_models.SD15,
@@ -60,14 +60,15 @@ def in_kohyas_names(
 ) -> tuple[dict[str, torch.Tensor], int]:
     """A file's tensors as ComfyUI maps all of them, and how many modules have LoRA matrices.
 
-    Of diffusers' layout ComfyUI maps no attention module but `to_out`, and it does not look for alpha in the header.
+    Of diffusers' layout ComfyUI maps no attention module but `to_out`, and it does not look for alpha in the header. Of a pair
+    of kohya's matrices that lacks one it passes over what is left, or stops at the missing name.
 
     Args:
         tensors, header: of the file.
         names: that ComfyUI knows modules of the model by.
 
     Raises:
-        ValueError: diffusers' tensors or metadata that cannot be used; what is wrong.
+        ValueError: matrices or metadata that cannot be used; what is wrong.
     """
     try:
         lora = sort_tensors(tensors, header)
@@ -76,11 +77,19 @@ def in_kohyas_names(
             raise ValueError(f"This file {error}") from error
         return dict(tensors), 0  # LoHa and others, which ComfyUI may know
     modules = sum({"down", "up"} <= parts.keys() for parts in lora.modules.values())
-    if lora.layouts == ("kohya",) or not any(f"lora_unet_{name}" in names for name in lora.modules):
+    known = lora.only(lambda name: f"lora_unet_{name}" in names)
+    if lora.layouts == ("kohya",):
+        _refuse_misfits(known.only(lambda name: len({"down", "up"} & known.modules[name].keys()) == 1))  # the rest may be LoHa
         return dict(tensors), modules
+    if not known.modules:
+        return dict(tensors), modules
+    _refuse_misfits(lora)
+    return {key: tensors[key] for key in lora.strangers if key in tensors} | to_kohya(lora), modules
+
+
+def _refuse_misfits(lora: LoraTensors) -> None:
     for misfit in lora.misfits():
         raise ValueError(f"This file is not whole: {misfit} Download or convert it again.")
-    return {key: tensors[key] for key in lora.strangers if key in tensors} | to_kohya(lora), modules
 
 
 def fits(key: Any, patch: Any, weights: Mapping[str, torch.Tensor]) -> bool:

@@ -81,6 +81,9 @@ write("other_shapes", {key: tensor for key, tensor in wide.items() if "attn2_to_
 write("garbled", diffusers, HEADER | {layouts.METADATA_KEY: "{"})
 lost = "unet.mid_block.attentions.0.proj_in.lora_B.weight"
 write("half", {key: tensor for key, tensor in diffusers.items() if key != lost}, stated)
+for side in ("down", "up"):
+    lost = f"lora_unet_mid_block_attentions_0_proj_in.lora_{side}.weight"
+    write(f"no_{side}", {key: tensor for key, tensor in kohya.items() if key != lost}, HEADER)
 
 
 def loaded(name, num_phases=0, num_solver_steps=0):
@@ -91,6 +94,7 @@ def loaded(name, num_phases=0, num_solver_steps=0):
 
 
 names = ("kohya", "silent", "unguided", "diffusers", "old", "loha", "wide", "other_shapes", "garbled", "half")
+names += ("no_down", "no_up")
 found = {"modules": len(kohya) // 3, "wide_modules": sum("attn2_to_k.alpha" in key for key in wide)}
 found["loaded"] = {name: attempt(loaded, name, 4 if name == "silent" else 0) for name in names}
 plain = ours["PCMKSampler"].execute(model, 1, 4, 1.0, 0.0, positive, negative, empty, 1.0)[0]["samples"]

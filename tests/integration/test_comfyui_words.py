@@ -61,6 +61,8 @@ def test_what_comfyui_alone_knows_is_loaded_as_it_loads_it(found):
         ("other_shapes", "Nothing in this file fits the model, which is SD15"),
         ("garbled", "This file has lora_adapter_metadata in its header that cannot be read"),
         ("half", "This file is not whole: mid_block_attentions_0_proj_in has only one of its two matrices"),
+        ("no_down", "This file is not whole: mid_block_attentions_0_proj_in has only one of its two matrices"),
+        ("no_up", "This file is not whole: mid_block_attentions_0_proj_in has only one of its two matrices"),
     ],
 )
 def test_files_that_would_act_in_part_or_too_strongly_are_refused(found, name, words):
