@@ -13,6 +13,8 @@ import torch
 from comfy_api.latest import io, ui
 from PIL import Image, ImageDraw, ImageFont
 
+from .advice import advice, grid_advice
+from .face import HIDDEN, say, told_negative
 from .inputs import (
     CATEGORY,
     PhaseNode,
@@ -24,7 +26,7 @@ from .inputs import (
     prompt_inputs,
     seed_input,
 )
-from .sampling import pcm_sampler, phased_sigmas, sample_latent
+from .sampling import is_sdxl, pcm_sampler, phased_sigmas, sample_latent
 
 MOST = 500
 
@@ -126,6 +128,7 @@ class PCMStepSheet(PhaseNode):
                 io.Image.Output("sheet", display_name="sheet", tooltip="The labelled sheet."),
                 io.Image.Output("images", display_name="images", tooltip="The pictures alone, row by row."),
             ],
+            hidden=[*HIDDEN],  # to which ComfyUI adds what an output node needs
             is_output_node=True,
         )
 
@@ -188,4 +191,7 @@ class PCMStepSheet(PhaseNode):
         columns = [f"{steps} step{'s' * (steps > 1)}" for steps in counts]
         sheet = contact_sheet(pictures, [row.name for row in rows], columns)
         every = torch.stack([picture for row in pictures for picture in row])
-        return io.NodeOutput(sheet, every, ui=ui.PreviewImage(sheet, cls=cls))
+        said = [f"PCM: {grid.num_phases} phases on {grid.num_solver_steps} points"]
+        said += advice(cfg, eta, settings, grid.num_phases, told_negative(cls))
+        said += grid_advice(is_sdxl(model), settings, num_solver_steps)
+        return io.NodeOutput(sheet, every, ui=ui.PreviewImage(sheet, cls=cls).as_dict() | say(cls, *said).as_dict())

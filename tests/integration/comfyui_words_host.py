@@ -170,7 +170,7 @@ found["sharp"], found["smooth"] = small, attempt(shape_of, "PCMSuperResolve", im
 
 # ---------------------------------------------------------------------------------------------------------- faces
 def text(out):
-    return out.ui.as_dict()["text"][0]
+    return (out.ui if isinstance(out.ui, dict) else out.ui.as_dict())["text"][0]
 
 
 def on_faces(adapted, cfg, **given):
@@ -178,7 +178,10 @@ def on_faces(adapted, cfg, **given):
     sampled = ours["PCMKSampler"].execute(adapted, 1, 2, cfg, 0.0, positive, negative, empty, 1.0, **given)
     inputs = COMMON | {"model": adapted, "cfg": cfg}
     inpainted = ours["PCMInpaint"].execute(image=images(1), mask=masks(1), **inputs, **given)
-    return [text(ours["PCMScheduler"].execute(adapted, 4, 1.0, **given)), text(sampled), text(inpainted)]
+    prompts = {"positive": positive, "negative": negative, "latent_image": empty}
+    sheet = {"vae": BlockVAE(), "seed": 1, "step_counts": "1 2", "cfg": cfg, "eta": 0.0}
+    compared = ours["PCMStepSheet"].execute(model=adapted, **sheet, **prompts, **given)
+    return [text(ours["PCMScheduler"].execute(adapted, 4, 1.0, **given)), *map(text, (sampled, inpainted, compared))]
 
 
 xl = tiny_model()
