@@ -6,8 +6,9 @@ STAMP := $(VENV)/.installed
 LOWEST := .venv-lowest
 LOWEST_STAMP := $(LOWEST)/.installed
 
-EVALUATE := ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 $(PY) -m accelerate.commands.launch \
-	--config_file examples/accelerate/two_processes_cpu.yaml -m lora_training.evaluation
+TWO_PROCESSES := ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 $(PY) -m accelerate.commands.launch \
+	--config_file examples/accelerate/two_processes_cpu.yaml
+EVALUATE := $(TWO_PROCESSES) -m lora_training.evaluation
 
 .PHONY: help install test test-hard test-lowest lint types demo demo-edit demo-video report bench shapes shapes_video shapes_xl adapters adapters_video adapter_xl clean
 
@@ -75,9 +76,10 @@ shapes: $(STAMP) ## train and measure the shapes model again
 	$(PY) examples/shapes/train_denoiser.py
 	$(PY) examples/shapes/measure_teacher.py
 
-shapes_video: $(STAMP) ## train and measure the words of motion and the motion modules again; hours
+shapes_video: $(STAMP) ## train and measure the words of motion, the domain adapter and the motion modules again; hours
 	$(PY) examples/shapes/motion_words.py
-	$(PY) examples/shapes/train_motion.py
+	$(TWO_PROCESSES) examples/shapes/domain_adapter.py
+	$(TWO_PROCESSES) examples/shapes/train_motion.py
 	$(PY) examples/shapes/measure_motion.py
 
 adapters_video: $(STAMP) ## distil the adapters for clips again; an hour

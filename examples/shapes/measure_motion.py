@@ -33,10 +33,11 @@ def card(motion: dict[str, float], whole: float, judged: int) -> str:
 
 A diffusers `MotionAdapter` in AnimateDiff's v2 layout ({megabytes:.1f} MB, fp16; the words of motion are in
 `motion_words.safetensors`), for clips of {NUM_FRAMES} frames at 128 x 128 pixels: one of the shapes moves left, right, up or
-down, turns, grows, shrinks, bounces or stands still, slowly or fast, as the caption says. The image model's own weights are as
-they ship; `video_model.py` puts all together.
+down, turns, grows, shrinks, bounces or stands still, slowly or fast, as the caption says. The image model has
+`domain_adapter.safetensors` merged into its UNet, a LoRA that knows what single frames look like, and is otherwise as it ships;
+`video_model.py` puts all together.
 
-It was trained by `examples/shapes/train_motion.py` on procedurally drawn clips; no other data.
+Trained by `examples/shapes/domain_adapter.py` and `train_motion.py` on procedurally drawn clips; no other data.
 
 Written by `examples/shapes/measure_motion.py`; every figure below was measured by it.
 
@@ -48,8 +49,8 @@ colour that it never had in training. The motion is measured by following the ob
 
 Asked for: {100 * BAR:.0f}% over all. Motion and everything else that the prompt names, in the middle frame: {100 * whole:.1f}%.
 
-The image model was only ever shown objects within {math.degrees(MOST_TILT):.0f} degrees of upright, and its weights stay:
-turning is the hardest to draw.
+The image model was only ever shown objects within {math.degrees(MOST_TILT):.0f} degrees of upright; at every other angle it
+draws what the domain adapter knows.
 """
 
 

@@ -1,11 +1,11 @@
-"""Train AnimateDiff's motion modules for the shapes UNet, whose own weights stay: over an hour on two cores with bfloat16.
+"""Train AnimateDiff's motion modules for the shapes UNet, whose own weights stay: hours on two cores with bfloat16.
 
 What a frame must look like depends on the words of motion and on the frame's position together, and neither is worth anything
 alone. From the noise prediction by itself the modules learn that product in thousands of steps, if at all. So they are asked
 for it first, by linear layers that read the features behind them: how far the object has moved, turned and grown since the
-middle of the clip (`moved`), and which places objects cover (`covered`). The layers that read places were trained before, on
-the UNet's features as they are without motion, and stay as they are: in the UNet's own code, the modules learn to move what
-the later layers draw.
+middle of the clip (`moved`), and which places objects of each colour cover (`covered`). The layers that read places were
+trained before, on the UNet's features as they are without motion, and stay as they are: in the UNet's own code, the modules
+learn to move what the later layers draw, and to agree on which of two objects is where.
 
 Of these questions the first half of the UNet need not know the answers. Motion modules on the way down stay as they begin,
 where they change nothing; what the middle and the way up are given is then the same in every epoch, and is kept (`Lower`).
@@ -14,7 +14,9 @@ where they change nothing; what the middle and the way up are given is then the 
     2. layout: the modules learn what they are asked, from kept features, at the noise levels where it is decided;
     3. pictures: they learn to predict noise, at all levels and then where forms are decided, and are asked the same beside it.
 
-    python examples/shapes/train_motion.py
+Two processes of one thread are twice as fast as one of two.
+
+    accelerate launch --config_file examples/accelerate/two_processes_cpu.yaml examples/shapes/train_motion.py
 """
 
 from __future__ import annotations
@@ -29,29 +31,31 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, MotionAdapter, StableDiffusionPipeline, UNet2DConditionModel, UNetMotionModel
 from diffusers.models.embeddings import SinusoidalPositionalEmbedding
-from motion_words import OMIT, add_words, load_words, tokens
+from motion_words import OMIT, tokens
 from timm.optim import Muon, muon
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
+from video_model import load_image_pipeline
 
 from lora_training.cpu import fast_autocast, has_bfloat16, keep_freed_memory, use_plain_attention
 from lora_training.frames import batch_as_frames
 
 import moving
 from denoising import CAPTION_DROPOUT, Layout, cached_moments, denoising_loss, drawn_latents, noised
-from model import MOTION_DIR, RUNS_DIR, build_motion_adapter, load_pipeline
+from model import MOTION_DIR, RUNS_DIR, build_motion_adapter
 from moving import NUM_FRAMES, Clip, sample_clip
-from scenes import IMAGE_SIZE, MOTION_TRAIN_SEED
-from training import train
+from scenes import COLOURS, IMAGE_SIZE, MOTION_TRAIN_SEED
+from training import processes_here, train
 
 LATENT = 8  # pixels of a picture to one of its latents
 UNITS = (20.0, 20.0, 1.5, 0.35)  # of `moved`: pixels, pixels, radians, logarithm of size; each is about 1 at a clip's end
-PLACE_WEIGHT, MOVED_WEIGHT = 5.0, 1.0  # of what modules are asked, beside the noise prediction
+PLACE_WEIGHT, MOVED_WEIGHT = 5.0, 10.0  # of what modules are asked, beside the noise prediction
 # AdamW needs over half as many steps again; what is no matrix has it, at a tenth of the learning rate
 MUON = partial(Muon, adjust_lr_fn="original", nesterov=True, weight_decay=0.1, betas=(0.9, 0.99), fallback_lr_scale=0.1)
 PLACES_STEPS, PLACES_LEARNING_RATE = 200, 5e-3
-BLANK, NOISY, ALL = Layout(nothing=1.0), Layout(nothing=0.0, noisy=1.0, least=700), Layout()
+PAIR_WEIGHT = 3.0  # how much more often clips with two objects are shown, which are a quarter of all and the hardest
+NOISY, ALL = Layout(nothing=0.5, noisy=0.5, least=700), Layout()  # layout is decided where it is noisy
 FORMS = Layout(nothing=0.1, noisy=0.6, least=300)  # forms are decided later than places
 
 
@@ -63,9 +67,8 @@ class Stage:
     steps: int
     learning_rate: float
     frames: int  # of each clip
-    batch: int  # clips
+    batch: int  # clips, of all processes
     levels: Layout = ALL  # of noise, where clips are noised anew
-    clips: int = 768  # so many different ones
 
 
 LAYOUT = (
@@ -73,11 +76,11 @@ LAYOUT = (
     Stage("layout-all-frames", steps=300, learning_rate=4e-3, frames=NUM_FRAMES, batch=4),
 )
 PICTURES = (
-    Stage("pictures", steps=1000, learning_rate=5e-3, frames=4, batch=16),
-    Stage("forms", steps=1100, learning_rate=5e-3, frames=8, batch=8, levels=FORMS, clips=2048),
-    Stage("all-frames", steps=200, learning_rate=2e-3, frames=NUM_FRAMES, batch=4, levels=FORMS, clips=2048),
+    Stage("pictures", steps=800, learning_rate=5e-3, frames=4, batch=16),
+    Stage("forms", steps=1900, learning_rate=5e-3, frames=8, batch=8, levels=FORMS),
+    Stage("all-frames", steps=200, learning_rate=2e-3, frames=NUM_FRAMES, batch=4, levels=FORMS),
 )
-CLIPS = max(stage.clips for stage in PICTURES)
+CLIPS = 2048  # different ones
 
 
 # ---------------------------------------------------------------------------------------------- frames and what is true of them
@@ -107,15 +110,16 @@ def random_frames(count: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def covered(clips: Sequence[Clip]) -> torch.Tensor:
-    """How much of each latent pixel objects cover, about: their circles, (clips, F, 16, 16)."""
+    """How much of each latent pixel objects of each colour cover, about: their circles, (clips, F, `COLOURS`, 16, 16)."""
     side = IMAGE_SIZE // LATENT
     centres = (np.arange(side) + 0.5) * LATENT
-    maps = np.zeros((len(clips), NUM_FRAMES, side, side), dtype=np.float16)
+    maps = np.zeros((len(clips), NUM_FRAMES, len(COLOURS), side, side), dtype=np.float16)
     for number, clip in enumerate(clips):
         for i, scene in enumerate(moving.frames(clip)):
-            for x, y, radius in map(moving.circle_around, scene.objects):
+            for obj in scene.objects:  # of different colours
+                x, y, radius = moving.circle_around(obj)
                 away = np.hypot(centres[None, :] - x, centres[:, None] - y)
-                maps[number, i] = np.maximum(maps[number, i], np.clip((0.8 * radius - away) / LATENT + 0.5, 0, 1))
+                maps[number, i, list(COLOURS).index(obj.colour)] = np.clip((0.8 * radius - away) / LATENT + 0.5, 0, 1)
     return torch.from_numpy(maps)
 
 
@@ -158,11 +162,11 @@ class Heads(nn.Module):
 
 
 def place_loss(heads: Heads, maps: torch.Tensor, said: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy beside maps (N F, 16, 16), of the frames that are `said`, (N F,)."""
+    """Mean cross entropy of a place beside maps (N F, colours, 16, 16), of the frames that are `said`, (N F,)."""
     losses = []
     for scores in heads():
-        asked = F.adaptive_avg_pool2d(maps[:, None], scores.shape[2:])
-        losses.append(F.binary_cross_entropy_with_logits(scores, asked, reduction="none").mean((1, 2, 3)))
+        asked = F.adaptive_avg_pool2d(maps, scores.shape[2:])
+        losses.append(F.binary_cross_entropy_with_logits(scores, asked, reduction="none").sum(1).mean((1, 2)))
     return (torch.stack(losses).mean(0) * said).mean()
 
 
@@ -271,13 +275,20 @@ class Lesson:
             use_plain_attention(self.unet)
         middle, up = self.unet.mid_block, self.unet.up_blocks
         beside_text = [module for block in up[:-1] for module in block.motion_modules]
-        self.places = Heads(beside_text, 1).to(device)
+        self.places = Heads(beside_text, len(COLOURS)).to(device)
         self.moved = Heads([*middle.motion_modules, *up[0].motion_modules], len(UNITS)).to(device)
         self.modules = nn.ModuleList([middle.motion_modules, *(block.motion_modules for block in up)])
         self.positions = FramePositions(self.unet)
         self.moments = clip_moments(pipe.vae, CLIPS)
         self.clips = [sample_clip(MOTION_TRAIN_SEED, i) for i in range(CLIPS)]
         self.maps, self.amounts = covered(self.clips), moved(self.clips)
+        self.weights = torch.tensor([PAIR_WEIGHT if len(clip.scene.objects) == 2 else 1.0 for clip in self.clips])
+        self.processes = processes_here()
+
+    def drawn(self, among: torch.Tensor, batch: int, generator: torch.Generator) -> torch.Tensor:
+        """A process's share of a batch: positions in `among`, the numbers of clips."""
+        share = batch // self.processes.num_processes
+        return torch.multinomial(self.weights[among], share, replacement=True, generator=generator)
 
     def latents(self, which: torch.Tensor, frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Of clips that are encoded, (N, 4, frames, 16, 16)."""
@@ -289,24 +300,25 @@ class Lesson:
         with torch.no_grad():
             return self.pipe.text_encoder(ids).last_hidden_state
 
-    def keep(self, count: int, batch: int = 8) -> Lower:
-        """What the way down makes of `count` clips, as noisy as where layout is decided, and as many of pure noise."""
+    def keep(self, batch: int = 8) -> tuple[torch.Tensor, Lower]:
+        """What the way down makes of all clips, as noisy as where layout is decided.
+
+        Returns:
+            The numbers of the clips that this process keeps, which are its share, and what it keeps of them.
+        """
         parts: list[Lower] = []
-        for start in tqdm(range(0, 2 * count, batch), desc="keep features", mininterval=2.0):
-            which = torch.arange(start, min(start + batch, 2 * count))
-            generator, rng = torch.Generator().manual_seed(start), np.random.default_rng(start)
-            if start + batch <= count:
-                given = noised(self.latents(which, torch.arange(NUM_FRAMES), generator), self.pipe.scheduler, generator, NOISY)
-            else:
-                nothing = torch.zeros(len(which), 4, NUM_FRAMES, IMAGE_SIZE // LATENT, IMAGE_SIZE // LATENT)
-                given = noised(nothing, self.pipe.scheduler, generator, BLANK)
+        own = torch.arange(self.processes.process_index, CLIPS, self.processes.num_processes)
+        for which in tqdm(own.split(batch), desc="keep features", mininterval=2.0, disable=not self.processes.is_main_process):
+            first = int(which[0])
+            generator, rng = torch.Generator().manual_seed(first), np.random.default_rng(first)
+            given = noised(self.latents(which, torch.arange(NUM_FRAMES), generator), self.pipe.scheduler, generator, NOISY)
             embeds = self.embeds([moving.caption(self.clips[i], rng, OMIT) for i in which.tolist()])
             with fast_autocast(self.device.type):
                 made = lower(self.pipe.unet, given.sample.to(self.device), given.timesteps.to(self.device), embeds)
             parts.append(made.map(torch.Tensor.half, torch.Tensor.half))
         residuals = zip(*(part.residuals for part in parts), strict=True)
         shared = (torch.cat([getattr(part, name) for part in parts]) for name in ("hidden", "temb", "embeds"))
-        return Lower(*shared, tuple(map(torch.cat, residuals)))
+        return own, Lower(*shared, tuple(map(torch.cat, residuals)))
 
     def asked(self, which: torch.Tensor, said: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The losses of reading places and motion; nobody knows of clips without words, which are not `said`, (N,)."""
@@ -315,19 +327,22 @@ class Lesson:
         maps, amounts = (part[which][:, frames].float().flatten(0, 1).to(self.device) for part in (self.maps, self.amounts))
         return place_loss(self.places, maps, each), moved_loss(self.moved, amounts, each)
 
-    def layout_losses(self, kept: Lower, frames: int, batch: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    def layout_losses(
+        self, kept: tuple[torch.Tensor, Lower], frames: int, batch: int, generator: torch.Generator
+    ) -> tuple[torch.Tensor, ...]:
         """Of places and of motion, on kept features."""
-        which = torch.randint(len(kept.temb), (batch,), generator=generator)
+        numbers, features = kept
+        which = self.drawn(numbers, batch, generator)
         shown = random_frames(frames, generator)
         self.positions.frames = shown
-        given = kept.map(lambda part: part[which].float(), lambda part: part[which][:, shown].float())
+        given = features.map(lambda part: part[which].float(), lambda part: part[which][:, shown].float())
         with fast_autocast(self.device.type):
             layout(self.unet, given)
-        return self.asked(which, torch.ones(batch, dtype=torch.bool))
+        return self.asked(numbers[which], torch.ones(len(which), dtype=torch.bool))
 
     def picture_loss(self, stage: Stage, generator: torch.Generator) -> torch.Tensor:
         """Of the noise, and of what is asked beside it."""
-        which = torch.randint(stage.clips, (stage.batch,), generator=generator)
+        which = self.drawn(torch.arange(CLIPS), stage.batch, generator)
         self.positions.frames = random_frames(stage.frames, generator)
         given = noised(self.latents(which, self.positions.frames, generator), self.pipe.scheduler, generator, stage.levels)
         given = type(given)(*(part.to(self.device) for part in given))
@@ -348,10 +363,8 @@ def main() -> None:
     torch.manual_seed(0)
     if not has_bfloat16():  # which Muon computes in, unless told
         muon.zeropower_via_newtonschulz = partial(muon.zeropower_via_newtonschulz, dtype=torch.float32)
-    pipe = load_pipeline()
-    add_words(pipe.tokenizer, pipe.text_encoder, load_words())
-    lesson = Lesson(pipe, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    kept = cache(partial(lesson.keep, LAYOUT[0].clips))  # minutes that a run which goes on after those stages does without
+    lesson = Lesson(load_image_pipeline(), torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    kept = cache(lesson.keep)  # minutes that a run which goes on after those stages does without
 
     train(
         lesson.places,
@@ -382,6 +395,8 @@ def main() -> None:
             warmup=20,
             optimizer_of=MUON,
         )
+    if not lesson.processes.is_main_process:
+        return
     lesson.unet.save_motion_modules(MOTION_DIR)
     adapter = MotionAdapter.from_pretrained(MOTION_DIR).half()
     adapter.register_to_config(_name_or_path="")  # no path of this machine in what ships

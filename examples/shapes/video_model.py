@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AnimateDiffPipeline, MotionAdapter, StableDiffusionPipeline
+from domain_adapter import load_domain_adapter
 from motion_words import add_words, load_words
 from tqdm import tqdm
 
@@ -24,9 +25,10 @@ from scenes import IMAGE_SIZE, MOTION_TEST_SEED
 
 
 def load_image_pipeline() -> StableDiffusionPipeline:
-    """The shapes pipeline whose text encoder knows the words of motion, in float32."""
+    """The shapes pipeline whose text encoder knows the words of motion, and whose UNet what frames look like, in float32."""
     pipe = load_pipeline()
     add_words(pipe.tokenizer, pipe.text_encoder, load_words())
+    load_domain_adapter(pipe)
     return pipe
 
 

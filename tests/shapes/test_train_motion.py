@@ -11,7 +11,7 @@ from train_motion import UNITS, FramePositions, Heads, covered, layout, lower, m
 
 from model import MAX_TOKENS, TEXT_WIDTH, build_motion_adapter, load_pipeline
 from moving import KINDS, NUM_FRAMES, sample_clip
-from scenes import MOTION_TEST_SEED
+from scenes import COLOURS, MOTION_TEST_SEED
 
 CLIPS = [sample_clip(MOTION_TEST_SEED, i) for i in range(40)]
 
@@ -52,8 +52,12 @@ def test_what_has_moved_since_the_middle_is_what_the_clip_says():
             assert of_clip[:, [0, 2, 3]].abs().max() == 0
 
 
-def test_what_is_covered_follows_the_object():
-    maps = covered(CLIPS).float()
+def test_what_is_covered_has_the_colours_of_the_objects_and_follows_them():
+    by_colour = covered(CLIPS).float()
+    for clip, of_clip in zip(CLIPS, by_colour, strict=True):
+        there = {name for name, area in zip(COLOURS, of_clip.sum((0, 2, 3)), strict=True) if area > 0}
+        assert there == {obj.colour for obj in clip.scene.objects}
+    maps = by_colour.sum(2)
     columns = torch.arange(16) + 0.5
     for clip, of_clip in zip(CLIPS, maps, strict=True):
         if clip.motion.kind in ("left", "right") and len(clip.scene.objects) == 1:
@@ -69,7 +73,7 @@ def test_frames_of_which_nothing_is_said_ask_nothing():
     heads = Heads([module], 1)
     heads.seen[0] = torch.randn(6, 8, 4, 4)
     said = torch.tensor([1.0, 1, 1, 0, 0, 0])
-    maps = torch.rand(6, 16, 16)
+    maps = torch.rand(6, 1, 16, 16)
     other = torch.cat([maps[:3], 1 - maps[3:]])
     assert place_loss(heads, maps, said) == place_loss(heads, other, said) > 0
     assert place_loss(heads, maps, 1 - said) != place_loss(heads, other, 1 - said)
