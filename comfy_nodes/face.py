@@ -7,7 +7,10 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from .advice import negative_prompt
+from ..pcm_scheduler.lora_file import AdapterSettings
+from ..pcm_scheduler.phases import PhaseGrid
+from .advice import advice, grid_advice, negative_prompt
+from .sampling import is_sdxl
 
 HIDDEN = [io.Hidden.prompt, io.Hidden.unique_id]
 """What a node's schema asks for, for the functions here."""
@@ -25,6 +28,25 @@ def say(node: type[io.ComfyNode], *lines: str) -> Any:
     return ui.PreviewText(text)
 
 
-def told_negative(node: type[io.ComfyNode]) -> str:
-    """The text behind the running node's `negative`, as far as the graph shows it."""
-    return negative_prompt(node.hidden.prompt, node.hidden.unique_id) if node.hidden else ""
+def sampling_advice(
+    node: type[io.ComfyNode],
+    model: Any,
+    grid: PhaseGrid,
+    cfg: float,
+    eta: float,
+    settings: AdapterSettings | None,
+    editing: bool = False,
+) -> list[str]:
+    """What disappoints of the running node's inputs, in sentences.
+
+    Args:
+        node: has a `negative`, whose text is found as far as the graph shows it.
+        model: of ComfyUI.
+        grid: which `settings` decide if there are any.
+        cfg, eta: of the node.
+        settings: of the adapter, if it is known.
+        editing: new noise is then wanted, whatever the adapter.
+    """
+    negative = negative_prompt(node.hidden.prompt, node.hidden.unique_id) if node.hidden else ""
+    said = advice(cfg, eta, settings, grid.num_phases, negative, editing)
+    return said + grid_advice(is_sdxl(model), settings, grid.num_solver_steps)

@@ -24,9 +24,8 @@ from ..pcm_scheduler.edit_tasks import (
 from ..pcm_scheduler.editing import slerp
 from ..pcm_scheduler.operators import Downsample
 from ..pcm_scheduler.phases import PhaseGrid
-from .advice import advice, grid_advice
 from .editing import Host, to_masked_pictures, to_pictures
-from .face import HIDDEN, say, told_negative
+from .face import HIDDEN, sampling_advice, say
 from .inputs import (
     CATEGORY,
     PhaseNode,
@@ -39,7 +38,7 @@ from .inputs import (
     seed_input,
     steps_input,
 )
-from .sampling import is_sdxl, sigmas_at, stops_in_words
+from .sampling import sigmas_at, stops_in_words
 
 _ETA = "How much of the noise is drawn anew between steps; 1 also for adapters in LCM's style."
 _STRENGTH = (
@@ -131,8 +130,7 @@ class EditNode(PhaseNode):
         said = [stops_in_words(grid, steps, task.strength)]
         if task.measurement.numel() and not task.measurement_noise:
             said.append(f"what was to stay is off by {error:.2f} grey levels")
-        said += advice(cfg, eta, settings, grid.num_phases, told_negative(cls), editing=True)
-        said += grid_advice(is_sdxl(model), settings, num_solver_steps)
+        said += sampling_advice(cls, model, grid, cfg, eta, settings, editing=True)
         return io.NodeOutput(image, ui=say(cls, *said))
 
     @staticmethod

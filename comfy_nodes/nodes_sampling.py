@@ -6,8 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .advice import advice, grid_advice
-from .face import HIDDEN, say, told_negative
+from .advice import grid_advice
+from .face import HIDDEN, sampling_advice, say
 from .inputs import (
     CATEGORY,
     PhaseNode,
@@ -112,6 +112,5 @@ class PCMKSampler(PhaseNode):
         grid = chosen_grid(settings, num_phases, num_solver_steps)
         sigmas = phased_sigmas(model, grid, steps, denoise)
         drawn = sample_latent(model, seed, cfg, pcm_sampler(eta), sigmas, positive, negative, latent_image)
-        said = advice(cfg, eta, settings, grid.num_phases, told_negative(cls))
-        said += grid_advice(is_sdxl(model), settings, num_solver_steps)
+        said = sampling_advice(cls, model, grid, cfg, eta, settings)
         return io.NodeOutput(drawn, ui=say(cls, stops_in_words(grid, steps, denoise), *said))

@@ -13,8 +13,7 @@ import torch
 from comfy_api.latest import io, ui
 from PIL import Image, ImageDraw, ImageFont
 
-from .advice import advice, grid_advice
-from .face import HIDDEN, say, told_negative
+from .face import HIDDEN, sampling_advice, say
 from .inputs import (
     CATEGORY,
     PhaseNode,
@@ -26,7 +25,7 @@ from .inputs import (
     prompt_inputs,
     seed_input,
 )
-from .sampling import is_sdxl, pcm_sampler, phased_sigmas, sample_latent
+from .sampling import pcm_sampler, phased_sigmas, sample_latent
 
 MOST = 500
 
@@ -192,6 +191,5 @@ class PCMStepSheet(PhaseNode):
         sheet = contact_sheet(pictures, [row.name for row in rows], columns)
         every = torch.stack([picture for row in pictures for picture in row])
         said = [f"PCM: {grid.num_phases} phases on {grid.num_solver_steps} points"]
-        said += advice(cfg, eta, settings, grid.num_phases, told_negative(cls))
-        said += grid_advice(is_sdxl(model), settings, num_solver_steps)
+        said += sampling_advice(cls, model, grid, cfg, eta, settings)
         return io.NodeOutput(sheet, every, ui=ui.PreviewImage(sheet, cls=cls).as_dict() | say(cls, *said).as_dict())
