@@ -34,7 +34,7 @@ def card(motion: dict[str, float], whole: float, judged: int) -> str:
 A diffusers `MotionAdapter` in AnimateDiff's v2 layout ({megabytes:.1f} MB, fp16; the words of motion are in
 `motion_words.safetensors`), for clips of {NUM_FRAMES} frames at 128 x 128 pixels: one of the shapes moves left, right, up or
 down, turns, grows, shrinks, bounces or stands still, slowly or fast, as the caption says. The image model has
-`domain_adapter.safetensors` merged into its UNet, a LoRA that knows what single frames look like, and is otherwise as it ships;
+`domain_adapter.safetensors` merged into its UNet, a LoRA that draws what motion makes of a frame, and is otherwise as it ships;
 `video_model.py` puts all together.
 
 Trained by `examples/shapes/domain_adapter.py` and `train_motion.py` on procedurally drawn clips; no other data.

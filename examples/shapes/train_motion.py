@@ -2,17 +2,15 @@
 
 What a frame must look like depends on the words of motion and on the frame's position together, and neither is worth anything
 alone. From the noise prediction by itself the modules learn that product in thousands of steps, if at all. So they are asked
-for it first, by linear layers that read the features behind them: how far the object has moved, turned and grown since the
-middle of the clip (`moved`), and which places objects of each colour cover (`covered`). The layers that read places were
-trained before, on the UNet's features as they are without motion, and stay as they are: in the UNet's own code, the modules
-learn to move what the later layers draw, and to agree on which of two objects is where.
+for it first, in the UNet's own code. While its domain adapter was trained, the UNet was told what motion has made of a frame,
+by vectors added where motion modules stand, and its features were asked what objects of each colour cover
+(`frame_features.py`). The modules learn to add the same vectors, and to agree on which of two objects is where.
 
 Of these questions the first half of the UNet need not know the answers. Motion modules on the way down stay as they begin,
 where they change nothing; what the middle and the way up are given is then the same in every epoch, and is kept (`Lower`).
 
-    1. places: linear layers learn to read places;
-    2. layout: the modules learn what they are asked, from kept features, at the noise levels where it is decided;
-    3. pictures: they learn to predict noise, at all levels and then where forms are decided, and are asked the same beside it.
+    1. layout: the modules learn what they are asked, from kept features, at the noise levels where it is decided;
+    2. pictures: they learn to predict noise, at all levels and then where forms are decided, and are asked the same beside it.
 
 Two processes of one thread are twice as fast as one of two.
 
@@ -22,7 +20,6 @@ Two processes of one thread are twice as fast as one of two.
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -31,10 +28,12 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, MotionAdapter, StableDiffusionPipeline, UNet2DConditionModel, UNetMotionModel
 from diffusers.models.embeddings import SinusoidalPositionalEmbedding
+from domain_adapter import FEATURES_FILE
+from frame_features import FrameFeatures, StandIns, colour_masks, frame_states, motion_modules_of
 from motion_words import OMIT, tokens
+from safetensors.torch import load_file
 from timm.optim import Muon, muon
 from torch import nn
-from torch.nn import functional as F
 from tqdm import tqdm
 from video_model import load_image_pipeline
 
@@ -44,16 +43,13 @@ from lora_training.frames import batch_as_frames
 import moving
 from denoising import CAPTION_DROPOUT, Layout, cached_moments, denoising_loss, drawn_latents, noised
 from model import MOTION_DIR, RUNS_DIR, build_motion_adapter
-from moving import NUM_FRAMES, Clip, sample_clip
-from scenes import COLOURS, IMAGE_SIZE, MOTION_TRAIN_SEED
+from moving import NUM_FRAMES, sample_clip
+from scenes import MOTION_TRAIN_SEED
 from training import processes_here, train
 
-LATENT = 8  # pixels of a picture to one of its latents
-UNITS = (20.0, 20.0, 1.5, 0.35)  # of `moved`: pixels, pixels, radians, logarithm of size; each is about 1 at a clip's end
-PLACE_WEIGHT, MOVED_WEIGHT = 5.0, 10.0  # of what modules are asked, beside the noise prediction
+MASK_WEIGHT, STATE_WEIGHT = 5.0, 2.0  # of what modules are asked, beside the noise prediction
 # AdamW needs over half as many steps again; what is no matrix has it, at a tenth of the learning rate
 MUON = partial(Muon, adjust_lr_fn="original", nesterov=True, weight_decay=0.1, betas=(0.9, 0.99), fallback_lr_scale=0.1)
-PLACES_STEPS, PLACES_LEARNING_RATE = 200, 5e-3
 PAIR_WEIGHT = 3.0  # how much more often clips with two objects are shown, which are a quarter of all and the hardest
 NOISY, ALL = Layout(nothing=0.5, noisy=0.5, least=700), Layout()  # layout is decided where it is noisy
 FORMS = Layout(nothing=0.1, noisy=0.6, least=300)  # forms are decided later than places
@@ -109,71 +105,46 @@ def random_frames(count: int, generator: torch.Generator) -> torch.Tensor:
     return parts[torch.arange(count), torch.randint(parts.shape[1], (count,), generator=generator)]
 
 
-def covered(clips: Sequence[Clip]) -> torch.Tensor:
-    """How much of each latent pixel objects of each colour cover, about: their circles, (clips, F, `COLOURS`, 16, 16)."""
-    side = IMAGE_SIZE // LATENT
-    centres = (np.arange(side) + 0.5) * LATENT
-    maps = np.zeros((len(clips), NUM_FRAMES, len(COLOURS), side, side), dtype=np.float16)
-    for number, clip in enumerate(clips):
-        for i, scene in enumerate(moving.frames(clip)):
-            for obj in scene.objects:  # of different colours
-                x, y, radius = moving.circle_around(obj)
-                away = np.hypot(centres[None, :] - x, centres[:, None] - y)
-                maps[number, i, list(COLOURS).index(obj.colour)] = np.clip((0.8 * radius - away) / LATENT + 0.5, 0, 1)
-    return torch.from_numpy(maps)
-
-
-def moved(clips: Sequence[Clip]) -> torch.Tensor:
-    """How far the object has gone to the right and down, turned and grown since the middle, in `UNITS`: (clips, F, 4)."""
-    amounts = []
-    for clip in clips:
-        middle = clip.scene.objects[clip.moving]
-        for scene in moving.frames(clip):
-            now = scene.objects[clip.moving]
-            way = (now.offset[0] - middle.offset[0], now.offset[1] - middle.offset[1])
-            amounts.append((*way, now.angle - middle.angle, math.log(now.scale / middle.scale)))
-    return (torch.tensor(amounts) / torch.tensor(UNITS)).unflatten(0, (len(clips), NUM_FRAMES))
-
-
 # ---------------------------------------------------------------------------------------------- what reads features
 
 
-class Heads(nn.Module):
-    """A linear layer behind each of some motion modules reads its features, normalised, at every place.
+class Said(nn.Module):
+    """What motion modules add to the features, beside what stand-ins would (`StandIns`).
 
     Args:
         modules: of motion.
-        outputs: numbers that are read.
+        stand_ins: the maps of the same places.
+        states: whose vectors' mean square is the unit of errors, (N, F, STATE).
     """
 
-    def __init__(self, modules: Sequence[nn.Module], outputs: int):
+    def __init__(self, modules: Sequence[nn.Module], stand_ins: StandIns, states: torch.Tensor):
         super().__init__()
-        self.heads = nn.ModuleList(nn.Conv2d(module.proj_out.out_features, outputs, 1) for module in modules)
+        self.maps = [linear.weight.detach() for linear in stand_ins.maps]
+        self.spans = [torch.linalg.qr(weight)[0] for weight in self.maps]
+        self.units = [(states @ weight.T).square().sum(-1).mean() for weight in self.maps]
         self.seen: dict[int, torch.Tensor] = {}
         for number, module in enumerate(modules):
-            module.register_forward_hook(partial(self._see, number))
+            module.proj_out.register_forward_hook(partial(self._see, number))
 
-    def _see(self, number: int, _module: nn.Module, _given: object, output: object) -> None:
-        self.seen[number] = output if isinstance(output, torch.Tensor) else output[0]
+    def _see(self, number: int, _layer: nn.Module, _given: object, output: torch.Tensor) -> None:
+        self.seen[number] = output  # (N h w, F, C)
 
-    def forward(self) -> list[torch.Tensor]:
-        """Of each module, (N F, outputs, h, w)."""
-        return [head(F.group_norm(self.seen[number].float(), 1)) for number, head in enumerate(self.heads)]
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Mean squared error at every place of the modules that were called, as a share of what there is to say: (N, F).
 
+        What modules add beside, at right angles to all that stand-ins say, is free.
 
-def place_loss(heads: Heads, maps: torch.Tensor, said: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy of a place beside maps (N F, colours, 16, 16), of the frames that are `said`, (N F,)."""
-    losses = []
-    for scores in heads():
-        asked = F.adaptive_avg_pool2d(maps, scores.shape[2:])
-        losses.append(F.binary_cross_entropy_with_logits(scores, asked, reduction="none").sum(1).mean((1, 2)))
-    return (torch.stack(losses).mean(0) * said).mean()
-
-
-def moved_loss(heads: Heads, amounts: torch.Tensor, said: torch.Tensor) -> torch.Tensor:
-    """Mean squared error beside amounts (N F, 4), of the frames that are `said`, (N F,)."""
-    losses = [(read - amounts[:, :, None, None]).square().mean((1, 2, 3)) for read in heads()]
-    return (torch.stack(losses).mean(0) * said).mean()
+        Args:
+            states: (N, F, STATE).
+        """
+        losses = []
+        for number, added in self.seen.items():
+            aim = (states @ self.maps[number].T) @ self.spans[number]
+            said = added.float() @ self.spans[number]
+            errors = (said.unflatten(0, (len(states), -1)) - aim[:, None]).square().sum(-1).mean(1)
+            losses.append(errors / self.units[number])
+        self.seen.clear()
+        return torch.stack(losses).mean(0)
 
 
 # ---------------------------------------------------------------------------------------------- the two halves of the UNet
@@ -273,15 +244,15 @@ class Lesson:
         if device.type == "cpu":
             use_plain_attention(pipe.unet)
             use_plain_attention(self.unet)
-        middle, up = self.unet.mid_block, self.unet.up_blocks
-        beside_text = [module for block in up[:-1] for module in block.motion_modules]
-        self.places = Heads(beside_text, len(COLOURS)).to(device)
-        self.moved = Heads([*middle.motion_modules, *up[0].motion_modules], len(UNITS)).to(device)
-        self.modules = nn.ModuleList([middle.motion_modules, *(block.motion_modules for block in up)])
+        self.modules = nn.ModuleList(motion_modules_of(self.unet))
+        self.features = FrameFeatures(pipe.unet, list(self.modules)).requires_grad_(False).to(device)
+        self.features.load_state_dict(load_file(FEATURES_FILE))
         self.positions = FramePositions(self.unet)
         self.moments = clip_moments(pipe.vae, CLIPS)
         self.clips = [sample_clip(MOTION_TRAIN_SEED, i) for i in range(CLIPS)]
-        self.maps, self.amounts = covered(self.clips), moved(self.clips)
+        self.states = frame_states(self.clips)
+        self.masks = torch.stack([colour_masks(moving.frames(clip)) for clip in self.clips])
+        self.said = Said(self.modules, self.features.stand_ins, self.states)
         self.weights = torch.tensor([PAIR_WEIGHT if len(clip.scene.objects) == 2 else 1.0 for clip in self.clips])
         self.processes = processes_here()
 
@@ -321,16 +292,17 @@ class Lesson:
         return own, Lower(*shared, tuple(map(torch.cat, residuals)))
 
     def asked(self, which: torch.Tensor, said: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The losses of reading places and motion; nobody knows of clips without words, which are not `said`, (N,)."""
+        """The losses of masks and of motion; nobody knows of clips without words, which are not `said`, (N,)."""
         frames = self.positions.frames
         each = said.float().repeat_interleave(len(frames)).to(self.device)
-        maps, amounts = (part[which][:, frames].float().flatten(0, 1).to(self.device) for part in (self.maps, self.amounts))
-        return place_loss(self.places, maps, each), moved_loss(self.moved, amounts, each)
+        masks = self.masks[which][:, frames].flatten(0, 1).to(self.device)
+        states = self.states[which][:, frames].to(self.device) * said[:, None, None].to(self.device)
+        return self.features.masks.loss(masks, each), self.said(states).mean()
 
     def layout_losses(
         self, kept: tuple[torch.Tensor, Lower], frames: int, batch: int, generator: torch.Generator
     ) -> tuple[torch.Tensor, ...]:
-        """Of places and of motion, on kept features."""
+        """Of masks and of motion, on kept features."""
         numbers, features = kept
         which = self.drawn(numbers, batch, generator)
         shown = random_frames(frames, generator)
@@ -352,8 +324,8 @@ class Lesson:
         embeds = self.embeds(texts).repeat_interleave(stage.frames, 0)
         with fast_autocast(self.device.type):
             predicted = self.unet(given.sample, given.timesteps, embeds).sample
-        place, motion = self.asked(which, torch.tensor([bool(text) for text in texts]))
-        return denoising_loss(predicted, given) + PLACE_WEIGHT * place + MOVED_WEIGHT * motion
+        masks, motion = self.asked(which, torch.tensor([bool(text) for text in texts]))
+        return denoising_loss(predicted, given) + MASK_WEIGHT * masks + STATE_WEIGHT * motion
 
 
 def main() -> None:
@@ -366,27 +338,17 @@ def main() -> None:
     lesson = Lesson(load_image_pipeline(), torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     kept = cache(lesson.keep)  # minutes that a run which goes on after those stages does without
 
-    train(
-        lesson.places,
-        lambda generator: lesson.layout_losses(kept(), 4, 8, generator)[0],
-        steps=PLACES_STEPS,
-        peak_learning_rate=PLACES_LEARNING_RATE,
-        checkpoint=RUNS_DIR / "motion-places.safetensors",
-        average_decay=0.98,
-    )
-    lesson.places.requires_grad_(False)
     lesson.modules.requires_grad_(True)
-    student = nn.ModuleList([lesson.modules, lesson.moved])
 
     def layout_loss(stage: Stage, generator: torch.Generator) -> torch.Tensor:
-        place, motion = lesson.layout_losses(kept(), stage.frames, stage.batch, generator)
-        return PLACE_WEIGHT * place + MOVED_WEIGHT * motion
+        masks, motion = lesson.layout_losses(kept(), stage.frames, stage.batch, generator)
+        return MASK_WEIGHT * masks + STATE_WEIGHT * motion
 
     stages = [(stage, partial(layout_loss, stage)) for stage in LAYOUT]
     stages += [(stage, partial(lesson.picture_loss, stage)) for stage in PICTURES]
     for number, (stage, loss) in enumerate(stages):
         train(
-            student,
+            lesson.modules,
             loss,
             steps=stage.steps,
             peak_learning_rate=stage.learning_rate,
