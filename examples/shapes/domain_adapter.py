@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
-from frame_features import FrameFeatures, before_motion, colour_masks, frame_states
+from frame_features import FrameFeatures, before_motion, colour_masks, frame_state
 from motion_words import PlaceReader, add_words, everywhere, load_words, tokens, told
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -88,8 +88,8 @@ class Lesson:
         use_plain_attention(pipe.unet)
         self.reader = PlaceReader(pipe.unet)
         self.features = FrameFeatures(pipe.unet, before_motion(pipe.unet))
-        states = frame_states([clip for clip, _ in self.frames])
-        self.states = states[torch.arange(FRAMES), torch.tensor([frame for _, frame in self.frames])]
+        moved = ((clip, scene.objects[clip.moving]) for (clip, _), scene in zip(self.frames, scenes, strict=True))
+        self.states = torch.tensor([frame_state(now, clip.scene.objects[clip.moving]) for clip, now in moved])
         self.masks = colour_masks(scenes)
         pipe.unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(TARGET_SETS["all"])))
         self.adapter = nn.ParameterList(p for p in pipe.unet.parameters() if p.requires_grad)
