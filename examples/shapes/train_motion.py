@@ -121,7 +121,7 @@ class Said(nn.Module):
         super().__init__()
         self.maps = [linear.weight.detach() for linear in stand_ins.maps]
         self.spans = [torch.linalg.qr(weight)[0] for weight in self.maps]
-        self.units = [(states @ weight.T).square().sum(-1).mean() for weight in self.maps]
+        self.units = [(states.to(weight) @ weight.T).square().sum(-1).mean() for weight in self.maps]
         self.seen: dict[int, torch.Tensor] = {}
         for number, module in enumerate(modules):
             module.proj_out.register_forward_hook(partial(self._see, number))
