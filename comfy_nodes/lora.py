@@ -76,6 +76,10 @@ def in_kohyas_names(
         if METADATA_KEY in header:
             raise ValueError(f"This file {error}") from error
         return dict(tensors), 0  # LoHa and others, which ComfyUI may know
+    for name in lora.not_finite():
+        raise ValueError(
+            f"This file holds numbers that are not finite, in {name}: every picture would be black. Train it again."
+        )
     modules = sum({"down", "up"} <= parts.keys() for parts in lora.modules.values())
     known = lora.only(lambda name: f"lora_unet_{name}" in names)
     if lora.layouts == ("kohya",):

@@ -217,9 +217,14 @@ def estimate_noise(picture: torch.Tensor) -> torch.Tensor:
     """Standard deviation of white noise in pictures (N, C, H, W), (N,), in their units.
 
     From the median of the finest diagonal Haar coefficients, which edges hardly reach (Donoho and Johnstone, 1994).
+
+    Raises:
+        ValueError: a picture too small to have such.
     """
     x = picture.float()
     height, width = x.shape[-2] // 2 * 2, x.shape[-1] // 2 * 2
+    if not (height and width):
+        raise ValueError(f"Noise is estimated from pictures of at least 2 x 2 pixels; got {x.shape[-2]} x {x.shape[-1]}.")
     x = x[..., :height, :width]
     a, b, c, d = x[..., ::2, ::2], x[..., ::2, 1::2], x[..., 1::2, ::2], x[..., 1::2, 1::2]
     diagonal = ((a - b - c + d) / 2).flatten(1)

@@ -55,6 +55,9 @@ _RANGES = {
     "beta_start": (0.0, 1.0),
     "beta_end": (0.0, 1.0),
 }
+# What `save_pretrained` of a PEFT model writes.
+PEFT_FILE, PEFT_CONFIG, PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
+_LONGEST_CONFIG = 2**24  # bytes; patterns for every module of SDXL take a hundredth
 HEADER_PREFIX = "pcm."
 HEADER_VERSION = "1"
 
@@ -136,11 +139,17 @@ class AdapterSettings:
         """Read `pcm.*` entries; None if there are none.
 
         Raises:
-            ValueError: entries that cannot be read, or that contradict each other.
+            ValueError: entries of another version, that cannot be read, or that contradict each other.
         """
         found = {k.removeprefix(HEADER_PREFIX): v for k, v in header.items() if k.startswith(HEADER_PREFIX)}
         if not found:
             return None
+        version = found.get("version", HEADER_VERSION)
+        if version != HEADER_VERSION:
+            raise ValueError(
+                f"The adapter's header is of version {shortened(version, 20)}, and this program reads {HEADER_VERSION}: "
+                "it was written by a newer one. Update phased-consistency."
+            )
         readers = {
             "int": int,
             "float": float,
@@ -270,9 +279,23 @@ def read_lora(path: str | os.PathLike) -> LoraTensors:
     """
     tensors, header = read_tensors(path)
     try:
-        return sort_tensors(tensors, header)
+        return sort_tensors(tensors, header | _peft_config(path, tensors, header))
     except ValueError as error:
         raise ValueError(f"{path} {error}") from error
+
+
+def _peft_config(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], header: Mapping[str, str]) -> dict[str, str]:
+    """What PEFT's `save_pretrained` says of alpha, which it writes in a file beside the tensors and nowhere else.
+
+    Raises:
+        ValueError: the file beside is longer than any configuration.
+    """
+    config = Path(path).with_name(PEFT_CONFIG)
+    if METADATA_KEY in header or not any(key.startswith(PEFT_PREFIX) for key in tensors) or not config.is_file():
+        return {}
+    if config.stat().st_size > _LONGEST_CONFIG:
+        raise ValueError(f"has beside it a {PEFT_CONFIG} of {config.stat().st_size} bytes, more than {_LONGEST_CONFIG}")
+    return {METADATA_KEY: config.read_text(encoding="utf-8", errors="replace")}
 
 
 def read_whole_lora(path: str | os.PathLike) -> LoraTensors:
@@ -294,11 +317,14 @@ def write_safetensors(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two runs may fill one cache
-    temporary.touch()
-    mode = temporary.stat().st_mode  # as every new file here; safetensors would let the owner alone read it
-    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary, metadata=dict(metadata or {}))
-    temporary.chmod(mode)
-    os.replace(temporary, path)
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as every new file here; safetensors would let the owner alone read it
+        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary, metadata=dict(metadata or {}))
+        temporary.chmod(mode)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def differing_shapes(
@@ -484,7 +510,7 @@ def restate(
     write_safetensors(tensors, output, header | stated | dict(extra or {}))
 
 
-def convert_adapter(path: str | os.PathLike, output: str | os.PathLike, to: str) -> None:
+def convert_adapter(path: str | os.PathLike, output: str | os.PathLike, to: str, alpha: float | None = None) -> None:
     """The same adapter in another layout: same tensors, alphas and header, other names.
 
     Alpha goes where the layout keeps it: a tensor beside each module for `kohya`, diffusers' own metadata in the header for
@@ -495,20 +521,27 @@ def convert_adapter(path: str | os.PathLike, output: str | os.PathLike, to: str)
         path: an adapter file in any layout that `lora_layouts` knows.
         output: the `.safetensors` file to write; to a temporary name first, then renamed.
         to: one of `lora_layouts.FORMATS`.
+        alpha: of modules of which the file says none; None writes down what hosts take it for, alpha = rank.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: an unknown format, an output that is not `.safetensors`, or a file that is truncated, mismatched or no LoRA
-            of a diffusers UNet; what is wrong.
+        ValueError: an unknown format, an output that is not `.safetensors`, an alpha that is no number above 0, or a file that
+            is truncated, mismatched, not finite or no LoRA of a diffusers UNet; what is wrong.
     """
     if to not in FORMATS:
         raise ValueError(f"There is no format {to!r} to convert to; choose one of {', '.join(FORMATS)}.")
     if Path(output).suffix != ".safetensors":
         raise ValueError(f"Only safetensors files are written; {output} does not end in .safetensors.")
     lora = read_whole_lora(path)
+    if alpha is not None:
+        if not finite_number(alpha, "alpha", least=0):
+            raise ValueError("With alpha 0 the adapter would do nothing.")
+        lora = lora.stating(alpha)
     try:
         for name in lora.modules:
             dotted_name(name)  # of another model, the new names would mean nothing
+            if not math.isfinite(lora.alpha(name)):
+                raise ValueError(f"the alpha of {name} is {lora.alpha(name)}.")
         tensors, metadata = (to_kohya(lora), None) if to == "kohya" else to_diffusers(lora)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -552,6 +585,9 @@ def with_overrides(settings: AdapterSettings | None, **overrides: object) -> Ada
         num_phases = settings.grid.num_phases
     if num_phases is not None:
         given["phase_edges"] = PhaseGrid.even(num_phases, solver_steps, settings.num_train_timesteps).edges  # type: ignore[arg-type]
+    if "num_solver_steps" in given:  # on a smaller grid the recommended steps may not fit, which nobody asked for
+        steps = min(settings.num_inference_steps, whole_number(solver_steps, "num_solver_steps"))
+        given.setdefault("num_inference_steps", max(steps, 1))
     return replace(settings, **given)  # type: ignore[arg-type]
 
 
@@ -587,16 +623,13 @@ def inspect_adapter(path: str | os.PathLike) -> Inspection:
     problems = []
     if lora.strangers:
         problems.append(f"{len(lora.strangers)} tensors have no place in a LoRA, such as {lora.strangers[0]}.")
-    without_alpha = [name for name, parts in lora.modules.items() if "alpha" not in parts]
-    if without_alpha and lora.layouts != ("animatediff",):  # which has none: its hosts take every scale as it is
+    if lora.without_alpha:
         problems.append(
-            f"{len(without_alpha)} modules have no alpha, such as {without_alpha[0]}: hosts take alpha = rank, which is too "
-            "strong if it was trained with less."
+            f"{len(lora.without_alpha)} modules have no alpha, such as {lora.without_alpha[0]}: hosts take alpha = rank, which "
+            "is too strong if it was trained with less."
         )
     problems += lora.misfits()
-    for name, parts in lora.modules.items():
-        if not all(tensor.isfinite().all() for tensor in parts.values()):
-            problems.append(f"{name} holds numbers that are not finite.")
+    problems += [f"{name} holds numbers that are not finite." for name in lora.not_finite()]
     if all(not parts["up"].any() for parts in lora.modules.values() if "up" in parts) and not lora.has_magnitudes:
         problems.append("Every module is zero: the adapter does nothing.")
     matrices = [tensor for parts in lora.modules.values() for part, tensor in parts.items() if part in ("down", "up")]
@@ -667,25 +700,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--convert", choices=FORMATS, help="write the file in another layout; peft is diffusers' by another name"
     )
     parser.add_argument("--output", metavar="FILE", help="the .safetensors file that --convert writes")
+    parser.add_argument("--alpha", type=float, help="what --convert writes for modules of which the file says no alpha")
     given = parser.parse_args(arguments)
-    files = given.files
+    files, failed = given.files, False
     if (given.convert is None) != (given.output is None) or (given.convert and len(files) != 1):
         parser.error("--convert takes one FILE, and --output says where to.")
+    if given.alpha is not None and not given.convert:
+        parser.error("--alpha is of --convert.")
     if given.convert:
         try:
-            convert_adapter(files[0], given.output, given.convert)
+            guessed = len(read_lora(files[0]).without_alpha) if given.alpha is None else 0
+            convert_adapter(files[0], given.output, given.convert, given.alpha)
         except (OSError, ValueError) as error:
             print(error)
             return 1
+        if guessed:
+            print(
+                f"PROBLEM        {files[0]} says no alpha of {guessed} modules: {given.output} says alpha = rank, which is a "
+                "guess. If it was trained with another, give it by --alpha."
+            )
+            failed = True
         files = [given.output]
-    failed = False
     for path in files:
         try:
             text = describe(path)
         except (OSError, ValueError) as error:
             text = f"{path}: {error}"
             failed = True
-        failed |= "PROBLEM" in text
+        failed |= any(line.startswith("PROBLEM ") for line in text.splitlines()[1:])
         print(text)
     return int(failed)
 

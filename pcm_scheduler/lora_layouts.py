@@ -46,6 +46,7 @@ _DOTTED = re.compile(
     r"(?:unet\.|base_model\.model\.)*(.+?)(?:\.|_)"
     r"(lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?|lora\.down\.weight|lora\.up\.weight|alpha)"
 )
+TEXT_ENCODERS = ("text_encoder.", "text_encoder_2.")  # prefixes of what diffusers' files have for them
 _OTHERS = ("lora_", "text_encoder", "transformer.")  # of other networks than a UNet, or by other tools
 _LONGEST_NAME = 512  # of a tensor; diffusers' have up to 130 letters, and reading one takes longer than it is long
 _PARTS = {
@@ -111,6 +112,32 @@ class LoraTensors:
         parts = self.modules[name]
         return float(parts["alpha"]) if "alpha" in parts else float(parts["down"].shape[0])
 
+    @property
+    def without_alpha(self) -> list[str]:
+        """The modules of which nobody says alpha, where a layout has a place for it (AnimateDiff's has none)."""
+        return (
+            [name for name, parts in self.modules.items() if "alpha" not in parts] if self.layouts != ("animatediff",) else []
+        )
+
+    def stating(self, alpha: float) -> LoraTensors:
+        """The same, with this alpha for every module of which nobody says one."""
+        stated = torch.tensor(float(alpha))
+        return replace(self, modules={name: {"alpha": stated} | parts for name, parts in self.modules.items()})
+
+    def folded(self) -> LoraTensors:
+        """The same effect with alpha = rank everywhere: scales are folded into `up`, in float32."""
+        modules = {}
+        for name, parts in self.modules.items():
+            rank = parts["down"].shape[0]
+            up = parts["up"].float() * (self.alpha(name) / rank)
+            modules[name] = {**parts, "up": up, "alpha": torch.tensor(float(rank))}
+        return replace(self, modules=modules)
+
+    def stating_ranks(self) -> LoraTensors:
+        """The same, and where nobody says alpha it is stated to be the rank, as hosts take it."""
+        modules = {name: {"alpha": torch.tensor(self.alpha(name))} | parts for name, parts in self.modules.items()}
+        return replace(self, modules=modules)
+
     def only(self, wanted: Callable[[str], bool]) -> LoraTensors:
         """The modules of these names."""
         return replace(self, modules={name: parts for name, parts in self.modules.items() if wanted(name)})
@@ -119,6 +146,10 @@ class LoraTensors:
     def has_magnitudes(self) -> bool:
         """Whether it is a DoRA."""
         return any("magnitude" in parts for parts in self.modules.values())
+
+    def not_finite(self) -> list[str]:
+        """The modules with numbers from which every picture would be black."""
+        return [name for name, parts in self.modules.items() if not all(t.isfinite().all() for t in parts.values())]
 
     def misfits(self) -> list[str]:
         """What keeps modules from acting at all, a sentence each: lacking matrices, or shapes that do not go together."""
@@ -185,6 +216,29 @@ def sort_tensors(tensors: Mapping[str, torch.Tensor], header: Mapping[str, str] 
         )
     _add_stated_alphas(modules, paths, header or {})
     return LoraTensors(tuple(sorted(layouts)), modules, paths, tuple(strangers))
+
+
+def sort_text_tensors(tensors: Mapping[str, torch.Tensor], header: Mapping[str, str], prefix: str) -> LoraTensors | None:
+    """The LoRA of a text encoder in a diffusers file, by the paths of its modules; None if there is none that is known.
+
+    Args:
+        tensors, header: of the file.
+        prefix: of `TEXT_ENCODERS`.
+
+    Raises:
+        ValueError: diffusers' metadata that cannot be read.
+    """
+    own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    told = {}
+    if METADATA_KEY in header:
+        try:
+            stated = parse_json(header[METADATA_KEY]).items()
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"has {METADATA_KEY} in its header that cannot be read: {error}") from error
+        told = {key.removeprefix(prefix): value for key, value in stated if key.startswith(prefix)}
+    if not any(_DOTTED.fullmatch(key) for key in own):
+        return None
+    return sort_tensors(own, {METADATA_KEY: json.dumps(told)} if told else {})
 
 
 def _plain_path(path: str) -> str:

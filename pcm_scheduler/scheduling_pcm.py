@@ -54,6 +54,14 @@ def _combine(x: torch.Tensor, a: Level, y: torch.Tensor, b: Level) -> torch.Tens
     return torch.mul(x, a).add_(y, alpha=b)
 
 
+_BETAS = ("beta_start", "beta_end", "beta_schedule")
+
+
+def _is_of_edm(config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler's config is of the noise levels of EDM (arXiv 2206.00364), which has no betas."""
+    return "sigma_data" in config and "beta_start" not in config
+
+
 def _is_of_flow_matching(config: Mapping[str, Any]) -> bool:
     """Whether a scheduler's config is of straight paths: such schedulers have a shift and no betas, or a flag."""
     return bool(config.get("use_flow_sigmas")) or ("shift" in config and "beta_start" not in config)
@@ -167,14 +175,19 @@ class PCMScheduler(SchedulerMixin, ConfigMixin):
 
         Unlike diffusers' own, values that the source held by default are kept: an in-memory
         `DDIMScheduler(beta_schedule="linear")` stays at its betas of 1e-4 to 0.02. A new `num_phases` replaces `phase_edges`,
-        and anything new about the grid drops `timesteps`, which were chosen on the old one.
+        new betas `trained_betas`, and anything new about the grid drops `timesteps`, which were chosen on the old one.
 
         Raises:
-            ValueError: the config of a scheduler for flow matching, which has another noise schedule.
+            ValueError: the config of a scheduler for flow matching or of EDM, which have other noise schedules.
         """
         if isinstance(config, dict) and _is_of_flow_matching(config):
             raise ValueError(
                 "This is the config of a scheduler for flow matching (Stable Diffusion 3, Flux and the like). PCMScheduler has "
+                "the noise of Stable Diffusion 1.5, SDXL and AnimateDiff, by which such a model draws nothing."
+            )
+        if isinstance(config, dict) and _is_of_edm(config):
+            raise ValueError(
+                "This is the config of a scheduler with EDM's noise levels (Playground v2.5 and the like). PCMScheduler has "
                 "the noise of Stable Diffusion 1.5, SDXL and AnimateDiff, by which such a model draws nothing."
             )
         in_memory = isinstance(config, dict) and "_use_default_values" in config
@@ -182,6 +195,8 @@ class PCMScheduler(SchedulerMixin, ConfigMixin):
             config = {key: value for key, value in config.items() if key != "_use_default_values"}
             if "num_phases" in kwargs:
                 kwargs.setdefault("phase_edges", None)
+            if kwargs.keys() & set(_BETAS):
+                kwargs.setdefault("trained_betas", None)
             if kwargs.keys() & {"num_phases", "phase_edges", "num_solver_steps", "num_train_timesteps"}:
                 kwargs.setdefault("timesteps", None)
         result = super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from ..checks import finite_number
 from .pictures import to_levels
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ _ENCODERS: dict[str, tuple[tuple[str, dict[str, str]], ...]] = {
     ".webm": (("libvpx-vp9", {"crf": "16", "b": "0"}), ("libvpx", {"crf": "6", "b": "8M"})),
 }
 _ANIMATIONS = {".gif": 10, ".webp": 1}  # milliseconds that their frame times are multiples of
+SLOWEST = 0.01  # frames a second; a GIF's frame lasts 655 s at most
 
 _Writer = Callable[[np.ndarray, Iterable[np.ndarray], Path], None]
 """(frames (F, H, W, 3) uint8, the same one by one with a bar, file)."""
@@ -41,7 +43,7 @@ def export_clip(frames: Any, path: str | os.PathLike, fps: float = 8.0, progress
         frames: what a video pipeline returned, `pipe(...).frames[0]`, or `.frames` if it holds one clip: PIL pictures; numpy
             (F, H, W, 3); tensors (F, 3, H, W). uint8 or [0, 1]. H and W are even for MP4 and WebM.
         path: its suffix says which: `.mp4`, `.webm`, `.gif` or `.webp`.
-        fps: frames a second, above 0; at most 50 for a GIF.
+        fps: frames a second, from 0.01 to 1000; at most 50 for a GIF.
         progress: show a bar, as pipelines do. (Pillow encodes a WebP after it has taken all frames.)
 
     Returns:
@@ -56,8 +58,9 @@ def export_clip(frames: Any, path: str | os.PathLike, fps: float = 8.0, progress
     if suffix not in _ENCODERS and suffix not in _ANIMATIONS:
         raise ValueError(f"Clips are written as {', '.join([*_ENCODERS, *_ANIMATIONS])}; got {path.name}.")
     fastest = 50 if suffix == ".gif" else 1000
-    if not 0 < fps <= fastest:
-        raise ValueError(f"fps must be above 0, and at most {fastest} for {suffix}; got {fps}.")
+    fps = finite_number(fps, "fps")
+    if not SLOWEST <= fps <= fastest:
+        raise ValueError(f"fps must be at least {SLOWEST}, and at most {fastest} for {suffix}; got {fps:g}.")
     write = _video_writer(suffix, fps) if suffix in _ENCODERS else _animation_writer(suffix, fps)
     levels = to_levels(_one_clip(frames), "frames").permute(0, 2, 3, 1).contiguous().numpy()
     height, width = levels.shape[1:3]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..lora_file import AdapterSettings
+from ..lora_file import PEFT_CONFIG, PEFT_FILE, AdapterSettings
 from ..scheduling_pcm import PCMScheduler
 
 
@@ -30,8 +32,23 @@ def local_file(name: str, weight_name: str | None) -> Path:
     if weight_name is None:
         raise ValueError(f"{name} is not a file here. For one on the hub, pass weight_name, the file in that repository.")
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
 
+    if PurePosixPath(weight_name).name == PEFT_FILE:  # beside which is what PEFT says of alpha
+        with suppress(EntryNotFoundError):
+            hf_hub_download(name, str(PurePosixPath(weight_name).with_name(PEFT_CONFIG)))
     return Path(hf_hub_download(name, weight_name))
+
+
+@contextmanager
+def without_compiler(pipe: Any) -> Iterator[None]:
+    """Within it `pipe.unet` is the UNet itself where `torch.compile` has wrapped it, whose names of modules are others."""
+    wrapped = pipe.unet
+    pipe.unet = getattr(wrapped, "_orig_mod", wrapped)
+    try:
+        yield
+    finally:
+        pipe.unet = wrapped
 
 
 def fitting_scheduler(pipe: Any, settings: AdapterSettings, name: str, stated: bool = True) -> PCMScheduler:

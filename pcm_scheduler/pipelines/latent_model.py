@@ -180,7 +180,10 @@ class LatentModel:
         def encode(picture: torch.Tensor) -> torch.Tensor:
             padded = F.pad(picture, (0, right, 0, below), mode="replicate")
             with self._vae() as dtype:
-                return self.vae.encode(padded.to(dtype)).latent_dist.mode().float() * factor
+                encoded = self.vae.encode(padded.to(dtype))
+            # a tiny autoencoder has no distribution
+            latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+            return latents.float() * factor
 
         @torch.no_grad()
         def decode(latents: torch.Tensor) -> torch.Tensor:
@@ -206,10 +209,14 @@ class LatentModel:
                 stacklevel=2,
             )
         on = any(not layer.disable_adapters for layer in layers)
+        merged = [(layer, list(layer.merged_adapters)) for layer in layers if layer.merged]
         if on:
-            self.unet.disable_adapters()
+            self.unet.disable_adapters()  # which takes merged ones out of the weights
         try:
             yield
         finally:
             if on:
                 self.unet.enable_adapters()
+            for layer, names in merged:
+                if not layer.merged:
+                    layer.merge(adapter_names=names)

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.utils import logging
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..lora_file import AdapterSettings, companion, read_lora, read_settings, read_tensors, with_overrides
-from ..lora_layouts import LoraTensors, is_motion, is_of_original, to_diffusers
-from .fitting import fitting_scheduler, local_file
+from ..lora_layouts import (
+    TEXT_ENCODERS,
+    LoraTensors,
+    is_motion,
+    is_of_original,
+    sort_tensors,
+    sort_text_tensors,
+    to_diffusers,
+    to_kohya,
+)
+from .fitting import fitting_scheduler, local_file, without_compiler
 
 logger = logging.get_logger(__name__)
 
@@ -42,8 +54,8 @@ def load_pcm_lora(
 
     Raises:
         ValueError: the file is not safetensors, neither it nor the caller says the phases, it was trained for another
-            prediction type or number of timesteps than the pipeline's or for another UNet, or it adapts motion modules that
-            the pipeline has not. The pipeline is then as it was.
+            prediction type or number of timesteps than the pipeline's or for another UNet, it adapts motion modules that
+            the pipeline has not, or an adapter of that name is fused into the weights. The pipeline is then as it was.
     """
     if not hasattr(pipe, "unet"):
         raise ValueError(f"{type(pipe).__name__} has no UNet. PCM adapters here are for SD1.5, SDXL and AnimateDiff.")
@@ -54,14 +66,61 @@ def load_pcm_lora(
         logger.warning(f"{path.name} does not state its settings; inferred from what was published: {settings}")
     own = stated is not None and not stated.inferred
     scheduler = fitting_scheduler(pipe, settings, path.name, stated=own)  # refuses before weights are touched
-    lora = read_lora(path)
-    _check_motion(pipe, lora, path)
-    _check_fit(pipe, lora, path)
-    if adapter_name in {name for names in pipe.get_list_adapters().values() for name in names}:
-        pipe.delete_adapters(adapter_name)
-    _load_weights(pipe, lora, path, adapter_name)
+    lora = _in_diffusers_names(pipe, read_lora(path), path)
+    with without_compiler(pipe):
+        _check_motion(pipe, lora, path)
+        _check_fit(pipe, pipe.unet, lora, path)
+        _check_fused(pipe, adapter_name)
+        weights = _weights(pipe, lora, path)  # the last that may refuse
+        if adapter_name in {name for names in pipe.get_list_adapters().values() for name in names}:
+            pipe.delete_adapters(adapter_name)
+        weights.load(pipe, adapter_name)
+    if lora.without_alpha:
+        logger.warning(
+            f"{path.name} says no alpha of {len(lora.without_alpha)} modules, so that they act with alpha = rank: too strong "
+            "if the adapter was trained with less."
+        )
     pipe.scheduler = scheduler
     return settings
+
+
+def _in_diffusers_names(pipe: Any, lora: LoraTensors, path: Path) -> LoraTensors:
+    """Modules that are called as in the original UNet under their names in diffusers', which has the table.
+
+    Raises:
+        ValueError: matrices without their match, names that the table has not, or DoRA magnitudes, which it loses.
+    """
+    original = lora.only(is_of_original)
+    if not original.modules:
+        return lora
+    for misfit in original.misfits():
+        raise ValueError(f"{path.name}: {misfit}")
+    if original.has_magnitudes:
+        raise ValueError(
+            f"{path.name} has DoRA magnitudes under the original UNet's names, which diffusers' table of names loses."
+        )
+    # diffusers (0.42) mixes up alphas where they differ: it is given none, and scales are in the matrices
+    tensors = {key: tensor for key, tensor in to_kohya(original.folded()).items() if not key.endswith(".alpha")}
+    try:
+        renamed, _ = pipe.lora_state_dict(tensors, unet_config=pipe.unet.config)
+        found = sort_tensors(renamed)
+    except (ValueError, KeyError, IndexError) as error:
+        raise ValueError(
+            f"{path.name} has modules under the original UNet's names that diffusers does not know: {error}"
+        ) from error
+    stated = found if original.without_alpha else found.stating_ranks()
+    rest = lora.only(lambda name: not is_of_original(name))
+    return replace(rest, modules=rest.modules | stated.modules, paths=rest.paths | stated.paths)
+
+
+def _check_fused(pipe: Any, adapter_name: str) -> None:
+    """Refuse to take away what is merged into the weights, where it would stay."""
+    merged = {name for module in pipe.unet.modules() if isinstance(module, BaseTunerLayer) for name in module.merged_adapters}
+    if adapter_name in merged:
+        raise ValueError(
+            f"The adapter {adapter_name!r} is fused into the UNet's weights, and would stay there beside the new one. "
+            "Call pipe.unfuse_lora() first, or choose another adapter_name to have both."
+        )
 
 
 def _check_motion(pipe: Any, lora: LoraTensors, path: Path) -> None:
@@ -69,7 +128,7 @@ def _check_motion(pipe: Any, lora: LoraTensors, path: Path) -> None:
     motion = [name for name in lora.modules if is_motion(name)]
     if not motion:
         return
-    present = _modules(pipe)
+    present = _modules(pipe.unet)
     missing = [name for name in motion if name not in present]
     if not missing:
         return
@@ -88,11 +147,13 @@ def _check_motion(pipe: Any, lora: LoraTensors, path: Path) -> None:
     )
 
 
-def _check_fit(pipe: Any, lora: LoraTensors, path: Path) -> None:
-    """Refuse matrices that lack their match, and those of another model, before anything in the pipeline changes."""
+def _check_fit(pipe: Any, network: torch.nn.Module, lora: LoraTensors, path: Path) -> None:
+    """Refuse matrices that lack their match, those of another model and NaN, before anything in the pipeline changes."""
     for misfit in lora.misfits():
         raise ValueError(f"{path.name}: {misfit}")
-    present = _modules(pipe)
+    for name in lora.not_finite():
+        raise ValueError(f"{path.name}: {name} holds numbers that are not finite, from which every picture would be black.")
+    present = _modules(network)
     found = [name for name in lora.modules if name in present]
     for name in found:
         weight = getattr(getattr(present[name], "base_layer", present[name]), "weight", None)
@@ -103,42 +164,88 @@ def _check_fit(pipe: Any, lora: LoraTensors, path: Path) -> None:
         if of_model != of_file:
             raise ValueError(
                 f"{path.name} was trained for another model: its matrices for {name} make a weight of {of_file}, and in this "
-                f"{type(pipe.unet).__name__} it is {of_model}."
+                f"{type(network).__name__} it is {of_model}."
             )
-    if not found and not any(map(is_of_original, lora.modules)):
+    if not found:
         name = min(lora.modules)
-        raise ValueError(f"{path.name} adapts nothing that this {type(pipe.unet).__name__} has: {name} is not in it.")
+        raise ValueError(f"{path.name} adapts nothing that this {type(network).__name__} has: {name} is not in it.")
 
 
-def _modules(pipe: Any) -> dict[str, torch.nn.Module]:
-    """The UNet's, by their paths with underscores."""
-    return {name.replace(".", "_"): module for name, module in pipe.unet.named_modules()}
+def _modules(network: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """By their paths with underscores; a text encoder's also as transformers called them before its fifth version."""
+    found = {name.replace(".", "_"): module for name, module in network.named_modules()}
+    return found | ({} if hasattr(network, "up_blocks") else {f"text_model_{name}": module for name, module in found.items()})
 
 
-def _load_weights(pipe: Any, lora: LoraTensors, path: Path, adapter_name: str) -> None:
-    """Put a LoRA into the UNet, and what the file has for text encoders into those.
+@dataclass(frozen=True)
+class _Weights:
+    """What goes into a pipeline, once nothing can be refused any more.
 
-    Not by `load_lora_weights` and the file's name: diffusers (0.42) takes keys without `unet.` for no LoRA at all, drops of
-    kohya's layout DoRA magnitudes, motion modules, and the alphas of attention modules where alphas differ, and hands what
-    the header says to PEFT, which runs its `rank_pattern` and `target_modules` as regular expressions. One may take years.
+    Attributes:
+        unet: tensors in diffusers' layout.
+        metadata: of them, as diffusers has it in headers.
+        text: tensors of text encoders in diffusers' layout, alpha = rank.
     """
-    if any(map(is_of_original, lora.modules)):  # of which diffusers has the table
-        if lora.has_magnitudes or len({lora.alpha(name) for name in lora.modules}) > 1:
-            raise ValueError(f"{path.name} has DoRA magnitudes or several alphas under the original UNet's names: convert it.")
-        pipe.load_lora_weights(read_tensors(path)[0], adapter_name=adapter_name)
-        return
-    whole, metadata = to_diffusers(lora)
-    pipe.load_lora_into_unet(
-        whole,
-        network_alphas=None,
-        unet=pipe.unet,
-        adapter_name=adapter_name,
-        metadata=json.loads(metadata),
-        _pipeline=pipe,
-    )
-    of_text = [key for key in lora.strangers if key.startswith("text_encoder")]
-    if of_text:  # which adapters of this project have not: the file is read once more
-        tensors = read_tensors(path)[0]
-        pipe.load_lora_weights({key: tensors[key] for key in of_text}, adapter_name=adapter_name)
-    if left_out := [key for key in lora.strangers if key not in of_text]:
+
+    unet: dict[str, torch.Tensor]
+    metadata: dict[str, Any]
+    text: dict[str, torch.Tensor]
+
+    def load(self, pipe: Any, adapter_name: str) -> None:
+        """Put them in, under a name that is free.
+
+        Not by `load_lora_weights` and the file's name: diffusers (0.42) takes keys without `unet.` for no LoRA at all, drops of
+        kohya's layout DoRA magnitudes, motion modules, and the alphas of attention modules where alphas differ, and hands what
+        the header says to PEFT, which runs its `rank_pattern` and `target_modules` as regular expressions. One may take years.
+        """
+        pipe.load_lora_into_unet(
+            self.unet,
+            network_alphas=None,
+            unet=pipe.unet,
+            adapter_name=adapter_name,
+            metadata=self.metadata,
+            _pipeline=pipe,
+        )
+        if self.text:
+            pipe.load_lora_weights(self.text, adapter_name=adapter_name)
+
+
+def _weights(pipe: Any, lora: LoraTensors, path: Path) -> _Weights:
+    """A LoRA, and what its file has for text encoders; what is of neither is named in a warning.
+
+    Raises:
+        ValueError: a name that says no module, or matrices that do not fit a text encoder.
+    """
+    text: dict[str, torch.Tensor] = {}
+    if any(key.startswith(TEXT_ENCODERS) for key in lora.strangers):  # which adapters of this project have not: read once more
+        text = _text_tensors(pipe, *read_tensors(path), path)
+    if left_out := [key for key in lora.strangers if not key.startswith(TEXT_ENCODERS)]:
         logger.warning(f"{len(left_out)} tensors of {path.name} are of no LoRA of a UNet and left out, such as {left_out[0]}.")
+    try:
+        tensors, metadata = to_diffusers(lora)
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
+    return _Weights(tensors, json.loads(metadata), text)
+
+
+def _text_tensors(
+    pipe: Any, tensors: Mapping[str, torch.Tensor], header: Mapping[str, str], path: Path
+) -> dict[str, torch.Tensor]:
+    """Those of text encoders, with their scales in the matrices: diffusers is not given the header, in which alphas are."""
+    found: dict[str, torch.Tensor] = {}
+    for prefix in TEXT_ENCODERS:
+        own = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        encoder = getattr(pipe, prefix.rstrip("."), None)
+        if not own or encoder is None:
+            continue
+        try:
+            lora = sort_text_tensors(own, header, prefix)
+        except ValueError as error:
+            raise ValueError(f"{path.name} {error}") from error
+        if lora is None:  # of an old layout, which diffusers reads
+            found |= own
+            continue
+        _check_fit(pipe, encoder, lora, path)
+        written, _ = to_diffusers(lora.folded())
+        found |= {prefix + key.removeprefix("unet."): tensor for key, tensor in written.items()}
+    return found

@@ -30,7 +30,8 @@ def load_pcm_unet(pipe: Any, unet: str | Path, weight_name: str | None = None) -
         raise ValueError(f"{path} does not say how it was trained (no pcm.* header): it is no UNet that this project wrote.")
     scheduler = fitting_scheduler(pipe, settings, path.name)
     tensors, _ = read_tensors(path)
-    different = differing_shapes(pipe.unet.state_dict(), tensors)
+    network = getattr(pipe.unet, "_orig_mod", pipe.unet)  # what torch.compile has wrapped
+    different = differing_shapes(network.state_dict(), tensors)
     if different:
         name, (ours, theirs) = next(iter(different.items()))
         raise ValueError(
@@ -38,6 +39,6 @@ def load_pcm_unet(pipe: Any, unet: str | Path, weight_name: str | None = None) -
             f"{tuple(theirs or ()) or 'none'}, the pipeline {tuple(ours or ()) or 'none'}. "
             "A file of an adapter is for load_pcm_lora; adapters that are loaded must be unloaded first."
         )
-    pipe.unet.load_state_dict(tensors)
+    network.load_state_dict(tensors)
     pipe.scheduler = scheduler
     return settings

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -276,12 +277,15 @@ class PCMEditPipeline:
 
         Args:
             image: the pictures.
-            prompt: of the result.
+            prompt: of the result; of one picture several draw several.
             source_prompt: of what is there now.
             **options: of `__call__`.
         """
         pictures = self._pictures(image)
-        return self.sample(self._invert(pictures, source_prompt), size_of(pictures), prompt=prompt, **options)
+        noise = self._invert(pictures, source_prompt)
+        if len(noise) == 1 and not isinstance(prompt, str):  # one picture in other words, again and again
+            noise = noise.repeat(len(prompt), 1, 1, 1)
+        return self.sample(noise, size_of(pictures), prompt=prompt, **options)
 
     def interpolate(
         self, first: Pictures | int, second: Pictures | int, count: int = 5, size: tuple[int, int] | None = None, **options: Any
@@ -291,25 +295,32 @@ class PCMEditPipeline:
         Args:
             first, second: seeds, or pictures, which are inverted.
             count: pictures, both ends included.
-            size: (height, width); needed between seeds.
-            **options: of `__call__`.
+            size: (height, width); needed between seeds, and otherwise the pictures'.
+            **options: of `__call__`. Of several prompts, one for each picture, the first and the last are of the ends.
+
+        Raises:
+            ValueError: fewer than two pictures, no size, or pictures of several sizes.
         """
         if count < 2:
             raise ValueError(f"count includes both ends, so it is at least 2; got {count}.")
-        prompt = options.get("prompt", "")
-        ends: list[torch.Tensor] = []
-        for end in (first, second):
-            if isinstance(end, int):
-                if size is None:
-                    raise ValueError("Between seeds, say the size: (height, width).")
-                ends.append(self.noise(1, size, torch.Generator("cpu").manual_seed(end)))
-            else:
-                pictures = self._pictures(end)
-                size = size_of(pictures)
-                ends.append(self._invert(pictures, prompt))
-        assert size is not None
-        noise = torch.cat([slerp(ends[0], ends[1], i / (count - 1)) for i in range(count)])
-        return self.sample(noise, size, **options)
+        ends = [int(end) if isinstance(end, Integral) else self._pictures(end) for end in (first, second)]  # type: ignore[arg-type]
+        sizes = {size_of(end) for end in ends if not isinstance(end, int)} | ({(size[0], size[1])} if size else set())
+        if len(sizes) != 1:
+            raise ValueError(
+                f"What is interpolated has one size (height, width); got {sorted(sizes)}."
+                if sizes
+                else "Between seeds, say the size: (height, width)."
+            )
+        (height, width), prompt = sizes.pop(), options.get("prompt", "")
+        several = not isinstance(prompt, str) and len(prompt) > 1
+        begin, last = (
+            self.noise(1, (height, width), torch.Generator("cpu").manual_seed(end))
+            if isinstance(end, int)
+            else self._invert(end, prompt[number] if several else prompt)
+            for number, end in ((0, ends[0]), (-1, ends[1]))
+        )
+        noise = torch.cat([slerp(begin, last, i / (count - 1)) for i in range(count)])
+        return self.sample(noise, (height, width), **options)
 
     def vary(self, image: Pictures, amount: float = 0.3, count: int = 4, **options: Any) -> PCMEditOutput:
         """Pictures around a picture: its own noise, turned a little towards fresh noise.
@@ -318,12 +329,13 @@ class PCMEditPipeline:
             image: one picture.
             amount: in [0, 1]: 0 draws it again, 1 draws something else.
             count: how many.
-            **options: of `__call__`.
+            **options: of `__call__`. Of several prompts, one for each result, none says what is in the picture now.
         """
         if not 0 <= amount <= 1:
             raise ValueError(f"amount is in [0, 1]; got {amount}.")
-        pictures = self._pictures(image)
-        noise = self._invert(pictures, options.get("prompt", "")).repeat(count, 1, 1, 1)
+        pictures, prompt = self._pictures(image), options.get("prompt", "")
+        several = not isinstance(prompt, str) and len(prompt) > len(pictures)
+        noise = self._invert(pictures, "" if several else prompt).repeat(count, 1, 1, 1)
         fresh = self.noise(len(noise), size_of(pictures), options.get("generator"))
         return self.sample(nearby_noise(noise, fresh, amount), size_of(pictures), **options)
 

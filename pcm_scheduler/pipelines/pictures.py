@@ -57,14 +57,20 @@ def _tensor(given: Pictures, name: str, colours: str) -> torch.Tensor:
     return tensor
 
 
+def eight_bit_grey(picture: Image.Image) -> Image.Image:
+    """Of 16 bits of grey 8, white for white; others as they are. PIL's own way to other modes makes all above 255 white."""
+    if not picture.mode.startswith("I;16"):
+        return picture
+    return Image.fromarray((np.asarray(picture).astype(np.float32) / 257).round().astype(np.uint8))
+
+
 def _eight_bit(picture: Image.Image, name: str) -> Image.Image:
-    """Of 16 bits of grey the upper 8: PIL's own way to other modes makes all above 255 white.
+    """8 bits a channel.
 
     Raises:
         ValueError: integers or floats of no stated range.
     """
-    if picture.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(picture).astype(np.float32) / 257).round().astype(np.uint8))
+    picture = eight_bit_grey(picture)
     if picture.mode in ("I", "F"):
         raise ValueError(
             f"{name} has PIL's mode {picture.mode}, which does not say what white is. Convert it to 8 bits, or pass floats in "

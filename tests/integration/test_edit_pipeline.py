@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoPipelineForInpainting, DDIMScheduler
+from diffusers import AutoencoderTiny, AutoPipelineForInpainting, DDIMScheduler
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 
 from pcm_scheduler import PCMEditPipeline, PCMScheduler, load_pcm_lora
@@ -251,6 +252,52 @@ def test_interpolation_ends_at_its_ends_and_variation_stays_near(edit):
     far = edit.vary(picture, amount=1.0, count=2, generator=seeded(), **options).images
     again = edit.vary(picture, amount=0.0, count=1, generator=seeded(), **options).images
     assert (near - again).abs().mean() < (far - again).abs().mean()
+
+
+def test_interpolation_takes_seeds_and_pictures_in_any_order_and_a_prompt_for_each_result(edit):
+    picture, options = scene_picture(), {"num_inference_steps": 1, "output_type": "pt"}
+    there = edit.interpolate(np.int64(3), picture, count=2, prompt=words(), **options).images
+    back = edit.interpolate(picture, 3, count=2, size=(128, 128), prompt=words(), **options).images
+    torch.testing.assert_close(there, back.flip(0), atol=1e-4, rtol=0)
+    told = edit.interpolate(picture, picture, count=3, prompt=["a red star", "a blue star", "a red ring"], **options).images
+    assert len({image.sum().item() for image in told}) == 3
+    for ends, size in (((picture, picture.resize((64, 64))), None), ((3, picture), (64, 64))):
+        with pytest.raises(ValueError, match=r"one size .*\(64, 64\), \(128, 128\)"):
+            edit.interpolate(*ends, size=size)
+    with pytest.raises(ValueError, match="say the size"):
+        edit.interpolate(3, 4)
+
+
+def test_one_picture_in_several_words(edit):
+    picture, prompts = scene_picture(), ["a red star", "a blue ring"]
+    options = {"num_inference_steps": 1, "output_type": "pt", "prompt": prompts}
+    assert len(edit.rewrite(picture, **options).images) == 2
+    assert len(edit.vary(picture, count=2, **options).images) == 2
+
+
+def test_a_tiny_autoencoder_serves_too():
+    """As people have it in pipelines to save memory; its encoder gives latents and no distribution."""
+    pipe = load_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    settings = load_pcm_lora(pipe, ADAPTER)
+    pipe.vae = AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
+    picture = scene_picture()
+    result = PCMEditPipeline(pipe, settings).inpaint(picture, half_mask(picture), num_inference_steps=1).images[0]
+    kept = (0, 0, picture.width // 2, picture.height)
+    assert np.array_equal(np.asarray(result.crop(kept)), np.asarray(picture.crop(kept)))
+
+
+def test_a_fused_adapter_is_fused_again_after_the_teacher():
+    pipe = load_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    edit = PCMEditPipeline(pipe, load_pcm_lora(pipe, ADAPTER))
+    pipe.fuse_lora()
+    layers = [module for module in pipe.unet.modules() if isinstance(module, BaseTunerLayer)]
+    before = [layer.get_base_layer().weight.clone() for layer in layers]
+    edit.invert(scene_picture())
+    assert all(layer.merged for layer in layers)
+    for layer, weight in zip(layers, before, strict=True):
+        torch.testing.assert_close(layer.get_base_layer().weight, weight, rtol=0, atol=1e-5)
 
 
 def test_denoising_takes_noise_out(edit):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from tiny_models import image_pipeline, random_lora
 
@@ -68,7 +70,7 @@ def test_what_is_of_a_text_encoder_is_named_when_it_is_left_out(lora, expected, 
     assert any(name in sentence for sentence in said)
 
 
-@pytest.mark.parametrize("damage", ["another width", "half a pair", "another model"])
+@pytest.mark.parametrize("damage", ["another width", "half a pair", "another model", "nan"])
 def test_a_file_that_cannot_act_leaves_the_pipeline_as_it_was(lora, expected, tmp_path, damage):
     pipe = image_pipeline()
     load_pcm_lora(pipe, saved(tmp_path / "good.safetensors", to_kohya(lora)))
@@ -78,10 +80,13 @@ def test_a_file_that_cannot_act_leaves_the_pipeline_as_it_was(lora, expected, tm
         tensors = {key: t[:, :8] if key.endswith("lora_down.weight") else t for key, t in tensors.items()}
     elif damage == "half a pair":
         del tensors[first], tensors[first.replace("lora_down.weight", "alpha")]
+    elif damage == "nan":
+        tensors[first] = torch.full_like(tensors[first], torch.nan)
     else:
         name = "lora_unet_down_blocks_5_resnets_0_conv1"
         tensors = {f"{name}.lora_down.weight": torch.ones(4, 32, 3, 3), f"{name}.lora_up.weight": torch.ones(32, 4, 1, 1)}
     says = {"another width": "another model: its matrices", "half a pair": "only one of its two", "another model": "nothing"}
+    says["nan"] = "not finite"
     with pytest.raises(ValueError, match=says[damage]):
         load_pcm_lora(pipe, saved(tmp_path / "bad.safetensors", tensors))
     assert pipe.scheduler is scheduler
@@ -118,3 +123,118 @@ def test_models_of_flow_matching_are_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no LoRA of a UNet"):
         load_pcm_lora(image_pipeline(), path, num_phases=2)
     assert isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler)
+
+
+def peft_folder(folder, **settings):
+    """What a PEFT model writes of itself, and the answer of the model."""
+    unet = get_peft_model(
+        image_pipeline().unet, LoraConfig(target_modules=["to_q", "to_out.0"], init_lora_weights=False, **settings)
+    )
+    unet.save_pretrained(folder)
+    pipe = image_pipeline()
+    pipe.unet = unet.base_model.model
+    return output(pipe)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"r": 8, "lora_alpha": 1}, {"r": 8, "lora_alpha": 2, "use_rslora": True}, {"r": 4, "alpha_pattern": {"attn2.to_q": 32}}],
+)
+def test_a_folder_of_pefts_own_acts_as_strongly_as_it_was_trained(tmp_path, settings):
+    """Alpha is in its configuration alone; taken for the rank, the adapter would be eight times too strong."""
+    wanted = peft_folder(tmp_path / "adapter", **settings)
+    pipe = image_pipeline()
+    load_pcm_lora(pipe, tmp_path / "adapter", num_phases=4)
+    torch.testing.assert_close(output(pipe), wanted, rtol=0, atol=1e-5)
+
+
+def test_an_adapter_that_says_no_alpha_is_loaded_with_a_warning(lora, tmp_path, monkeypatch):
+    tensors = {key: tensor for key, tensor in to_kohya(lora).items() if not key.endswith(".alpha")}
+    said = []
+    monkeypatch.setattr(module.logger, "warning", said.append)
+    load_pcm_lora(image_pipeline(), saved(tmp_path / "without.safetensors", tensors))
+    assert [sentence for sentence in said if f"no alpha of {len(lora.modules)} modules" in sentence]
+    said.clear()
+    load_pcm_lora(image_pipeline(), saved(tmp_path / "with.safetensors", to_kohya(lora)))
+    assert not said
+
+
+def test_a_fused_adapter_is_not_replaced_by_a_second_on_top_of_it(lora, expected, tmp_path):
+    path = saved(tmp_path / "kohya.safetensors", to_kohya(lora))
+    pipe = image_pipeline()
+    load_pcm_lora(pipe, path)
+    pipe.fuse_lora()
+    with pytest.raises(ValueError, match=r"'pcm' is fused .*unfuse_lora"):
+        load_pcm_lora(pipe, path)
+    pipe.unfuse_lora()
+    load_pcm_lora(pipe, path)
+    torch.testing.assert_close(output(pipe), expected, rtol=0, atol=1e-6)
+
+
+def test_a_compiled_unet_is_loaded_into_and_stays_compiled(lora, expected, tmp_path):
+    path = saved(tmp_path / "kohya.safetensors", to_kohya(lora))
+    pipe = image_pipeline()
+    pipe.unet = compiled = torch.compile(pipe.unet, backend="eager")
+    for _ in range(2):  # the second replaces the first
+        load_pcm_lora(pipe, path)
+        assert pipe.unet is compiled
+        torch.testing.assert_close(output(pipe), expected, rtol=0, atol=1e-6)
+    assert list(compiled._orig_mod.peft_config) == ["pcm"]
+
+
+ORIGINAL = {  # the tiny UNet's modules by the original UNet's names
+    "down_blocks_1_attentions_0_": "input_blocks_3_1_",
+    "mid_block_attentions_0_": "middle_block_1_",
+}
+
+
+def original_names(lora, alpha_of):
+    """Those modules that have such names, each with an alpha of its own; and the same under diffusers' names."""
+    theirs, ours = {}, {}
+    for number, (name, parts) in enumerate(sorted(lora.modules.items())):
+        for start, other in ORIGINAL.items():
+            if name.startswith(start):
+                parts = parts | {"alpha": torch.tensor(alpha_of(number))}
+                ours[name], theirs[name.replace(start, other)] = parts, parts
+    return to_kohya(replace(lora, modules=theirs)), to_kohya(replace(lora, modules=ours))
+
+
+def test_names_of_the_original_unet_with_alphas_of_their_own(lora, tmp_path):
+    theirs, ours = original_names(lora, lambda number: 0.5 + number % 3)
+    outputs = []
+    for name, tensors in (("theirs", theirs), ("ours", ours)):
+        pipe = image_pipeline()
+        load_pcm_lora(pipe, saved(tmp_path / f"{name}.safetensors", tensors))
+        outputs.append(output(pipe))
+    assert not torch.equal(outputs[0], output(image_pipeline()))
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["label_emb_0_0", "input_blocks_4_9_transformer_blocks_0_attn1_to_q", "input_blocks_x"])
+def test_a_module_that_no_unet_has_leaves_the_adapter_that_was_there(lora, expected, tmp_path, name):
+    pipe = image_pipeline()
+    load_pcm_lora(pipe, saved(tmp_path / "good.safetensors", to_kohya(lora)))
+    strange = {f"lora_unet_{name}.lora_down.weight": torch.ones(4, 32), f"lora_unet_{name}.lora_up.weight": torch.ones(32, 4)}
+    with pytest.raises(ValueError, match="bad"):
+        load_pcm_lora(pipe, saved(tmp_path / "bad.safetensors", strange | to_kohya(lora)))
+    assert pipe.get_list_adapters() == {"unet": ["pcm"]}
+    assert torch.equal(output(pipe), expected)
+
+
+def test_alphas_of_text_encoders_are_kept(lora, tmp_path):
+    tensors, metadata = to_diffusers(lora)
+    start = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    tensors |= {f"{start}.lora_A.weight": torch.ones(4, 32), f"{start}.lora_B.weight": torch.ones(32, 4)}
+    stated = {"text_encoder.r": 4, "text_encoder.lora_alpha": 1, "text_encoder.target_modules": ["q_proj"]}
+    header = HEADER | {METADATA_KEY: json.dumps(json.loads(metadata) | stated)}
+    path = saved(tmp_path / "text.safetensors", tensors, header)
+
+    def encoded(pipe):
+        with torch.no_grad():
+            return pipe.text_encoder(torch.arange(2, 9)[None]).last_hidden_state
+
+    ours, theirs = image_pipeline(), image_pipeline()
+    load_pcm_lora(ours, path)
+    theirs.load_lora_weights(str(path))
+    assert not torch.equal(encoded(theirs), encoded(image_pipeline()))
+    torch.testing.assert_close(encoded(ours), encoded(theirs), rtol=0, atol=1e-6)

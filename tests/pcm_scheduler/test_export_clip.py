@@ -74,6 +74,8 @@ def test_a_bar_counts_frames_and_can_be_had_without(tmp_path, capsys):
         ([], "a.gif", 8, "none"),
         (footage(2, 31), "a.mp4", 8, "even height and width; got 31 x 48"),
         (footage(), "a.mp4", 0, "fps"),
+        (footage(), "a.gif", 0.0005, "at least 0.01"),
+        (footage(), "a.webp", float("nan"), "fps must be a finite number"),
         (footage(), "a.gif", 60, "at most 50"),
         (torch.stack([footage()] * 2), "a.gif", 8, r"2 clips.*frames\[0\]"),
         ([[Image.new("RGB", (8, 8))]] * 3, "a.gif", 8, "3 clips"),

@@ -285,3 +285,10 @@ def test_reading_is_the_reverse_of_writing(trained, adapter_file):
     stronger = read_adapter(adapter_file, dict.fromkeys(modules_of(state), 2 * ALPHA))
     for key, tensor in state.items():
         torch.testing.assert_close(stronger[key], tensor / 2 if key.endswith("lora_B.weight") else tensor)
+
+
+def test_a_header_of_a_newer_version_is_not_misread():
+    header = AdapterSettings("sd15", PhaseGrid.even(4).edges, 50).to_header()
+    assert AdapterSettings.from_header(header) == AdapterSettings("sd15", PhaseGrid.even(4).edges, 50)
+    with pytest.raises(ValueError, match=r"version '77'.*Update"):
+        AdapterSettings.from_header(header | {"pcm.version": "77"})

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from lora_training.backbones.full_size import UNET_CONFIGS
 from lora_training.config import TARGET_SETS
 from pcm_scheduler import AdapterSettings, load_pcm_lora, read_settings
-from pcm_scheduler.lora_file import convert_adapter, kohya_state_dict, main, read_adapter, write_adapter
+from pcm_scheduler.lora_file import convert_adapter, kohya_state_dict, main, read_adapter, write_adapter, write_safetensors
 from pcm_scheduler.lora_layouts import _WORDS, METADATA_KEY, dotted_name, sort_tensors
 from pcm_scheduler.phases import PhaseGrid
 from pcm_scheduler.published import SHA256
@@ -345,3 +345,34 @@ def test_alphas_are_stated_for_names_as_peft_matches_them(patterns, alpha):
 def test_a_name_longer_than_any_is_a_stranger():
     long = "lora_unet_" + "a" * 10**6 + ".alpha"
     assert sort_tensors(PAIR | {long: torch.ones(())}).strangers == (f"{long[:40]}... of 1000016 letters",)
+
+
+def test_a_guess_of_alpha_is_said_when_it_is_written_down(trained, tmp_path, capsys):
+    """A copy that states alpha = rank looks whole; whoever converts is told that nobody knew, and can say it."""
+    tensors = {key: tensor for key, tensor in load_file(trained[1]).items() if not key.endswith(".alpha")}
+    path, out = tmp_path / "PROBLEM.safetensors", tmp_path / "out.safetensors"
+    save_file(tensors, path)
+    assert main([str(path), "--convert", "kohya", "--output", str(out)]) == 1
+    assert "is a guess" in capsys.readouterr().out
+    assert main([str(path), "--convert", "kohya", "--output", str(out), "--alpha", "2.5"]) == 0
+    assert {tensor.item() for key, tensor in load_file(out).items() if key.endswith(".alpha")} == {2.5}
+    assert main([str(out)]) == 0
+    out.rename(path)
+    assert main([str(path)]) == 0  # the name of a file is no problem
+    with pytest.raises(ValueError, match="alpha must be a finite number from 0"):
+        convert_adapter(path, out, "kohya", alpha=float("nan"))
+
+
+def test_an_alpha_that_is_no_number_is_not_converted(trained, tmp_path):
+    tensors = load_file(trained[1])
+    first = min(key for key in tensors if key.endswith(".alpha"))
+    path = tmp_path / "nan.safetensors"
+    save_file(tensors | {first: torch.tensor(float("nan"))}, path)
+    with pytest.raises(ValueError, match=r"alpha of .* is nan"):
+        convert_adapter(path, tmp_path / "out.safetensors", "diffusers")
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path):
+    with pytest.raises(TypeError):
+        write_safetensors({"a": torch.ones(2)}, tmp_path / "a.safetensors", {"number": 3})
+    assert not list(tmp_path.iterdir())

@@ -16,6 +16,7 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
@@ -321,6 +322,18 @@ def test_configured_timesteps_may_be_of_any_type_of_number(given):
 def test_schedulers_for_flow_matching_are_not_imitated(source):
     with pytest.raises(ValueError, match="flow matching"):
         PCMScheduler.from_config(source.config)
+
+
+def test_schedulers_of_edm_are_not_imitated():
+    with pytest.raises(ValueError, match="EDM"):
+        PCMScheduler.from_config(EDMDPMSolverMultistepScheduler(prediction_type="epsilon").config)
+
+
+def test_new_betas_replace_trained_ones():
+    source = DDIMScheduler(trained_betas=np.linspace(0.01, 0.02, 1000).tolist())
+    assert torch.equal(PCMScheduler.from_config(source.config).betas, source.betas)
+    new = {"beta_schedule": "linear", "beta_start": 0.001, "beta_end": 0.01}
+    assert torch.equal(PCMScheduler.from_config(source.config, **new).betas, DDIMScheduler(**new).betas)
 
 
 def test_two_trained_betas_with_a_thousand_timesteps_construct():
