@@ -16,6 +16,9 @@ from pcm_scheduler.lora_file import write_safetensors
 from .files import remove_temporary, writing
 from .sharding import split_like, whole
 
+_STATED = {"step", "optimizer"}  # in the header of every checkpoint
+_ANEW = "with another output, or with `resume: no`, which keeps the old checkpoints aside"
+
 Settings = Mapping[str, object]
 """What a run was told: JSON, with groups in it."""
 
@@ -122,12 +125,14 @@ def load_checkpoint(
     scaler: torch.amp.GradScaler | None = None,
     settings: Settings | None = None,
     may_change: Collection[str] = (),
+    anew: str = _ANEW,
 ) -> int:
     """The reverse of `save_checkpoint`, in place; returns how many steps are done.
 
     Args:
         path, parameters, optimizer, average, scaler, settings: as there.
         may_change: settings, or groups of them, that may differ from the checkpoint's.
+        anew: how people begin without the checkpoint, for the message that refuses it.
 
     Raises:
         ValueError: the checkpoint is of other parameters than these, or of a run that was told something else; what.
@@ -135,19 +140,9 @@ def load_checkpoint(
     with safe_open(path, framework="pt") as file, torch.no_grad():
         keys = sorted(file.keys())  # the same order in every process: parts are handed out together
         told = file.metadata() or {}
-        if not {"step", "optimizer"} <= told.keys():
+        if not told.keys() >= _STATED:
             raise ValueError(f"{path} is not a checkpoint of this trainer. Move it away.")
-        refused = {
-            name: values
-            for name, values in differences(json.loads(told.get("run") or "{}"), settings or {}).items()
-            if not _is_among(name, may_change)
-        }
-        if refused:
-            raise ValueError(
-                f"{path} is of a run with other settings:\n{listed(refused)}\n"
-                "Restore them to go on from it; or begin anew, with another output, or with `resume: no`, which keeps the old "
-                "checkpoints aside."
-            )
+        _check_settings(path, told, settings, may_change, anew)
         found = {k.removeprefix("weight/"): file.get_slice(k).get_shape() for k in keys if k.startswith("weight/")}
         if found != {name: list(p.shape) for name, p in parameters.items()}:
             raise ValueError(f"{path} is of a run with other parameters. Restore the settings, or move it away.")
@@ -169,6 +164,20 @@ def load_checkpoint(
         for name, p in (average or {}).items():
             p.copy_(split_like(file.get_tensor(f"average/{name}"), p))
         return int(told["step"])
+
+
+def _check_settings(
+    path: Path, header: Mapping[str, str], settings: Settings | None, may_change: Collection[str], anew: str
+) -> None:
+    refused = {
+        name: values
+        for name, values in differences(json.loads(header.get("run") or "{}"), settings or {}).items()
+        if not _is_among(name, may_change)
+    }
+    if refused:
+        raise ValueError(
+            f"{path} is of a run with other settings:\n{listed(refused)}\nRestore them to go on from it; or begin anew, {anew}."
+        )
 
 
 def _is_among(name: str, settings: Collection[str]) -> bool:
@@ -239,6 +248,22 @@ class Checkpoints:
             return {}
         with safe_open(path, framework="pt") as file:
             return differences(json.loads((file.metadata() or {}).get("run") or "{}"), self.settings)
+
+    def check(self) -> None:
+        """Whether a run could go on from the newest, by its header alone.
+
+        Raises:
+            ValueError: it is of a run that was told something else; what.
+        """
+        path = self.latest()
+        if path is not None:
+            try:
+                with safe_open(path, framework="pt") as file:
+                    header = file.metadata() or {}
+            except (SafetensorError, OSError):
+                return  # `load_latest` says so
+            if header.keys() >= _STATED:
+                _check_settings(path, header, self.settings, self.may_change, _ANEW)
 
     def load_latest(
         self,

@@ -23,7 +23,7 @@ from pcm_scheduler import load_pcm_lora
 from pcm_scheduler.lora_file import write_safetensors
 
 from attributes import AttributeClassifier, judge, load_classifier, rates
-from model import HERE, MODEL_DIR, RUNS_DIR, build_scheduler, load_pipeline
+from model import HERE, MODEL_DIR, RUNS_DIR, build_scheduler, fingerprint, load_pipeline
 from scenes import TEST_SEED, Scene, caption, sample_scene
 
 ADAPTERS = {"PCM": HERE / "adapters" / "pcm_4phase.safetensors", "LCM": HERE / "adapters" / "lcm.safetensors"}
@@ -42,10 +42,7 @@ def held_out_scenes(count: int, seed: int = TEST_SEED) -> list[Scene]:
 
 def model_fingerprint(model: Path = MODEL_DIR) -> str:
     """Changes when the model's weights do."""
-    digest = hashlib.sha256()
-    for path in sorted(model.rglob("*.safetensors")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
+    return fingerprint(sorted(model.rglob("*.safetensors")))
 
 
 def prompts_of(scenes: list[Scene]) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -184,3 +186,11 @@ def load_pipeline(path: Path | str | None = None) -> StableDiffusionPipeline | S
     if DiffusionPipeline.load_config(folder)["_class_name"] == StableDiffusionXLPipeline.__name__:
         return StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False).to(torch.float32)
     return StableDiffusionPipeline.from_pretrained(folder, safety_checker=None).to(torch.float32)
+
+
+def fingerprint(weights: Iterable[Path]) -> str:
+    """Of files: changes when the weights in them do."""
+    digest = hashlib.sha256()
+    for path in weights:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]

@@ -21,14 +21,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, MotionAdapter, StableDiffusionPipeline, UNet2DConditionModel, UNetMotionModel
 from diffusers.models.embeddings import SinusoidalPositionalEmbedding
-from domain_adapter import FEATURES_FILE
+from domain_adapter import DOMAIN_FILE, FEATURES_FILE
 from frame_features import FrameFeatures, StandIns, colour_masks, frame_states, motion_modules_of
 from motion_words import OMIT, tokens
 from safetensors.torch import load_file
@@ -42,7 +42,7 @@ from lora_training.frames import batch_as_frames
 
 import moving
 from denoising import CAPTION_DROPOUT, Layout, cached_moments, denoising_loss, drawn_latents, noised
-from model import MOTION_DIR, RUNS_DIR, build_motion_adapter
+from model import MOTION_DIR, RUNS_DIR, build_motion_adapter, fingerprint
 from moving import NUM_FRAMES, sample_clip
 from scenes import MOTION_TRAIN_SEED
 from training import processes_here, train
@@ -356,6 +356,7 @@ def main() -> None:
             seed=number,
             warmup=20,
             optimizer_of=MUON,
+            settings=asdict(stage) | {"given": fingerprint((DOMAIN_FILE, FEATURES_FILE))},
         )
     if not lesson.processes.is_main_process:
         return

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from accelerate import PartialState
@@ -52,6 +53,7 @@ def train(
     average_decay: float = 0.999,
     optimizer_of: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] = ADAMW,
     checkpoint_seconds: float = 120.0,
+    settings: Mapping[str, object] = MappingProxyType({}),
 ) -> None:
     """Minimise `loss_function`; at the end `module` holds the averaged weights.
 
@@ -63,13 +65,21 @@ def train(
         warmup: steps until then.
         optimizer_of: makes one of parameters; the learning rate of all its groups is set at every step.
         checkpoint: safetensors file of weights, average and optimiser state, rewritten every `checkpoint_seconds`.
+        settings: what else the weights depend on, kept in the checkpoint: JSON.
+
+    Raises:
+        ValueError: the checkpoint is of a run with other settings or other parameters; which.
     """
     processes = processes_here()
     own = (processes.process_index,) if processes.num_processes > 1 else ()
     parameters = dict(module.named_parameters())
     average = {name: p.detach().clone() for name, p in parameters.items()}
     optimizer = optimizer_of(module.parameters())
-    first = load_checkpoint(checkpoint, parameters, optimizer, average) if checkpoint.exists() else 0
+    told = {"steps": steps, "peak_learning_rate": peak_learning_rate, "warmup": warmup, "average_decay": average_decay}
+    told |= {"seed": seed, "processes": processes.num_processes, **settings}
+    first = 0
+    if checkpoint.exists():
+        first = load_checkpoint(checkpoint, parameters, optimizer, average, settings=told, anew="without that file")
     bar = tqdm(
         range(first, steps), initial=first, total=steps, desc=checkpoint.stem, mininterval=2.0,
         disable=not processes.is_main_process,
@@ -96,7 +106,9 @@ def train(
         smoothed = value if smoothed is None else 0.98 * smoothed + 0.02 * value
         bar.set_postfix(loss=f"{smoothed:.4f}", lr=f"{optimizer.param_groups[0]['lr']:.1e}", refresh=False)
         if time.monotonic() - last_save > checkpoint_seconds or step == steps - 1:
-            save_checkpoint(checkpoint, parameters, optimizer, step + 1, average, write=processes.is_main_process)
+            save_checkpoint(
+                checkpoint, parameters, optimizer, step + 1, average, settings=told, write=processes.is_main_process
+            )
             last_save = time.monotonic()
     with torch.no_grad():
         for name, p in module.named_parameters():
