@@ -404,9 +404,9 @@ class ValidationConfig:
     Attributes:
         every: steps between validations; 0: only when the run is done.
         prompts: what is drawn; none: the first four captions of the data.
-        steps: numbers of sampling steps.
-        guidance_scales: low and high.
-        seed: of the initial noise.
+        steps: numbers of sampling steps, one or more.
+        guidance_scales: one or more, such as low and high.
+        seed: of the initial noise; 0 or more.
     """
 
     every: int = 0
@@ -425,7 +425,7 @@ class TrainConfig:
         title: its human name.
         trainable: `lora` trains an adapter; `unet` every weight of the UNet (full fine-tuning; what `lora` says is not used),
             which holds teacher and student side by side and takes 16 bytes for each weight trained.
-        seed: of everything random; 0 or more.
+        seed: of everything random, from 0 to 2^32 - 1.
         mixed_precision: of the networks; the adapter itself stays in float32. A processor without bfloat16 computes in float32
             when asked for `bf16`.
         checkpoint_every: steps between checkpoints, from which an interrupted run goes on.
@@ -509,8 +509,12 @@ class TrainConfig:
         for name, value in shares.items():
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must be between 0 and 1; got {value}.")
+        for name in ("lora.dropout", "objective.target_ema"):
+            if shares[name] == 1:
+                raise ValueError(f"{name} must be less than 1, with which nothing is learned.")
         positive = {
             "objective.solver_skip": self.objective.solver_skip,
+            "objective.huber_c": self.objective.huber_c,
             "adversarial.learning_rate": self.adversarial.learning_rate,
             "adversarial.critic_every": self.adversarial.critic_every,
             "adversarial.heads": self.adversarial.heads,
@@ -548,6 +552,17 @@ class TrainConfig:
                 f"sampling.guidance_scale must be between 0 and {_MOST_GUIDANCE:g}; got {self.sampling.guidance_scale}. "
                 "1 is without guidance."
             )
+        not_negative = {
+            "checkpoints_kept": self.checkpoints_kept,
+            "optimizer.warmup_steps": self.optimizer.warmup_steps,
+            "optimizer.weight_decay": self.optimizer.weight_decay,
+            "validation.seed": self.validation.seed,
+        }
+        for name, value in not_negative.items():
+            if value < 0:
+                raise ValueError(f"{name} must be 0 or more; got {value}.")
+        if not self.validation.steps or not self.validation.guidance_scales:
+            raise ValueError("validation.steps and validation.guidance_scales: name at least one of each.")
         if self.validation.every < 0:
             raise ValueError(f"validation.every must be 0 (at the end only) or more; got {self.validation.every}.")
         for steps in self.validation.steps:
@@ -558,8 +573,8 @@ class TrainConfig:
                 )
         if self.log_with != "none" and find_spec(self.log_with) is None:
             raise ValueError(f"log_with is {self.log_with}, which is not installed: pip install {self.log_with}")
-        if self.seed < 0:
-            raise ValueError(f"seed must be 0 or more; got {self.seed}.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be from 0 to {2**32 - 1}; got {self.seed}.")
         if self.grids(1000)[-1].num_phases != self.objective.num_phases:
             raise ValueError(
                 f"objective.phase_edges {self.objective.phase_edges} are of {self.grids(1000)[-1].num_phases} phases, and "

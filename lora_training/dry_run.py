@@ -30,20 +30,18 @@ def describe(run: Run) -> Iterator[str]:
     guidance = "none" if high == 1 else f"{low:g}" if low == high else f"{low:g} to {high:g}"
     yield f"teacher    {config.objective.solver}, {config.objective.solver_skip} grid point(s) a step, guidance {guidance}"
     count = sum(p.numel() for p in run.student.parameters.values())
-    yield (
-        f"trained    {run.student.describe()}, {count / 1e6:.2f} M parameters, "
-        f"a file of {2 * count / 2**20:.1f} MiB: {run.output}"
-    )
+    yield (f"trained    {run.student.describe()}, {count / 1e6:.2f} M parameters, {_files(run, count)}: {run.output}")
+    if not run.critic:
+        yield "critic     none: adversarial.weight is 0"
     judged = sum(p.numel() for p in run.critic.parameters.values()) if run.critic else 0
     if run.critic:
         yield f"critic     {run.critic.describe()}, {judged / 1e6:.2f} M parameters"
-    samples = config.optimizer.batch_size * config.optimizer.gradient_accumulation * run.accelerator.num_processes
     seen = (
-        f"; every {config.data.noun} is seen {samples * config.optimizer.steps / len(data):.1f} times on average"
+        f"; every {config.data.noun} is seen {run.samples * config.optimizer.steps / len(data):.1f} times on average"
         if len(data)
         else ""
     )
-    yield f"work       {config.optimizer.steps} steps of {samples} samples{seen}"
+    yield f"work       {config.optimizer.steps} steps of {run.samples} samples{seen}"
     averages = sum(p.numel() for p in run.student.target_parameters.values())
     unets = _bytes(run.student.unets) - 4 * count - 4 * averages
     others = _bytes(run.critic.features.frozen) if run.critic else 0
@@ -55,6 +53,15 @@ def describe(run: Run) -> Iterator[str]:
     )
     going_on = run.checkpoints.latest()
     yield f"start      {going_on if going_on and config.resume == 'latest' else 'from the first step'}"
+
+
+def _files(run: Run, count: int) -> str:
+    """How large what is written will be, in fp16: what is trained, and an image adapter beneath it."""
+    image = getattr(run.student, "image", None)
+    beneath = sum(parts[name].numel() for parts in image.modules.values() for name in ("down", "up")) if image else 0
+    size = f"{2 * (count + beneath) / 2**20:.1f} MiB"
+    video = run.config.trainable == "lora" and len(run.latent_shape) == 4
+    return f"a file of {size}, and as much again in its parts for ComfyUI" if video else f"a file of {size}"
 
 
 def _bytes(networks: Iterable[torch.nn.Module]) -> int:

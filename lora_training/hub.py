@@ -4,7 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+
+def check_repository(repo: str) -> None:
+    """Refuse, before anything is trained for it, a repository that cannot be pushed to; nothing is asked of the network.
+
+    Raises:
+        ValueError: its name is none, or nobody is logged in.
+    """
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise ValueError(f"push_to_hub: {error}") from error
+    if get_token() is None:
+        raise ValueError("push_to_hub needs a login on this machine: run `hf auth login`, or set HF_TOKEN.")
 
 
 def push(repo: str, adapter: Path, folder: Path) -> str:

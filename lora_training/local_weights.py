@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from importlib import import_module
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -97,15 +98,10 @@ def call_factory(factory: str, path: str, device: torch.device | str, setting: s
         FileNotFoundError: the path is given and not there.
         ValueError: no such module or function.
     """
-    where, _, name = factory.partition(":")
-    if where.endswith(".py"):
-        folder = str(Path(where).resolve().parent)
-        if folder not in sys.path:
-            sys.path.append(folder)
-        where = Path(where).stem
+    where, _, name = factory.rpartition(":")  # the last, for a drive of Windows has one too
     try:
-        function = getattr(import_module(where), name)
-    except (ImportError, AttributeError, ValueError) as error:
+        function = getattr(_module_in(Path(where)) if where.endswith(".py") else import_module(where), name)
+    except (ImportError, AttributeError, ValueError, FileNotFoundError) as error:
         raise ValueError(
             f"{setting}.factory must be `package.module:name` or `folder/file.py:name`; got '{factory}': {error}"
         ) from error
@@ -113,3 +109,23 @@ def call_factory(factory: str, path: str, device: torch.device | str, setting: s
         raise FileNotFoundError(f"{setting}.path: there is no '{path}', which {factory} is called with. {UNASKED}")
     made = function(Path(path)) if path else function()
     return made.to(device).eval().requires_grad_(False) if isinstance(made, torch.nn.Module) else made
+
+
+def _module_in(file: Path) -> ModuleType:
+    """The module in a file, whatever others are called the same; its folder is on the path for what it imports itself."""
+    file = file.resolve()
+    name = f"_factory_{hashlib.sha256(str(file).encode(errors='surrogatepass')).hexdigest()[:16]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    if str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))
+    spec = spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file} is no Python file")
+    module = sys.modules[name] = module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

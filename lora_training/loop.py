@@ -17,6 +17,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
+from huggingface_hub.errors import HfHubHTTPError
 from tqdm import tqdm
 
 from pcm_scheduler import __version__
@@ -31,20 +32,23 @@ from .data.latent_cache import LatentCache, TrainingData
 from .data.sources import open_source
 from .data.stream import StreamingData
 from .discriminator import AdversarialLoss
+from .distances import load_lpips
 from .files import CannotWrite, check_writable, write_text, writing
-from .hub import push
+from .hub import check_repository, push
 from .model_card import model_card
 from .objectives import ConsistencyObjective, sampling_eta, target_decay
-from .optimizers import average_gradients, build_optimizer, learning_rate
+from .optimizers import average_gradients, build_optimizer, check_installed, learning_rate
 from .randomness import generator_of, seed_of
 from .sharding import shard_mesh, whole
-from .students import build_student
+from .students import adapted_modules, build_student
 from .validation import draw_sheet, fixed_loss, latent_shape
 
 # What may change between a run and its continuation.
 _MAY_CHANGE = (
     "output", "title", "checkpoint_every", "checkpoints_kept", "resume", "max_bad_steps", "gradient_checkpointing", "compile",
     "log_with", "sampling", "validation", "push_to_hub", "dry_run", "data.cache", "data.encode_batch_size",
+    # what a run that has stopped says may be changed; with the same ones it ends with the same weights
+    "data.max_bad_share", "mixed_precision", "optimizer.learning_rate", "optimizer.max_grad_norm",
 )  # fmt: skip
 
 # In the messages of torch.distributed's backends when a connection to another process breaks or nothing comes from it.
@@ -95,6 +99,7 @@ class Run:
         for part in (self.backbone.vae, *self.backbone.text_encoders, self.backbone.unet):
             part.to(self.accelerator.device)
         self.critic = self._build_critic()  # before pictures are encoded: it may lack weights
+        self._check_before_encoding()
         with self._in_words(self._smaller_encoding):
             self.data = self._load_data()
         self.empty = {name: tensor.to(self.accelerator.device, torch.float32) for name, tensor in self.data.empty.items()}
@@ -115,6 +120,32 @@ class Run:
         # the UNet stays bare: only gradients of what is trained travel between processes, in average_gradients or by FSDP
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.objectives = [ConsistencyObjective(self.backbone, grid, config.objective) for grid in self.grids]
+
+    def _check_before_encoding(self) -> None:
+        """Refuse what would be refused after it, which may take hours.
+
+        Raises:
+            ValueError: which setting, and what is wrong with it.
+        """
+        config = self.config
+        if config.push_to_hub:
+            check_repository(config.push_to_hub)
+        if config.resume == "latest":
+            self.checkpoints.check()
+        check_installed(config.optimizer)
+        if config.objective.distance == "lpips":
+            load_lpips(config.objective.lpips_weights, "objective.lpips_weights")
+        for setting, file in (
+            ("lora.init_adapter", config.lora.init_adapter),
+            ("model.image_adapter", config.model.image_adapter),
+        ):
+            if file and not Path(file).is_file():
+                raise ValueError(f"{setting}: there is no file {file}.")
+        if config.trainable == "lora":
+            adapted_modules(self.backbone.unet, config.lora)
+        if config.data.clips:
+            side = config.data.resolution // self.backbone.latent_scale
+            self.backbone.check_sample((4, config.data.clips.frames, side, side))
 
     def _build_critic(self) -> AdversarialLoss | None:
         config = self.config.adversarial
@@ -216,6 +247,8 @@ class Run:
             aside = self.checkpoints.set_aside() if main else None
             if aside:
                 print(f"the checkpoints of an earlier run are now in {aside}")
+                if self._table.exists():  # its rows are of that run
+                    self._table.rename(aside / self._table.name)
             self.accelerator.wait_for_everyone()
             return 0
         scaler, average = self.accelerator.scaler, self.student.target_parameters
@@ -275,9 +308,24 @@ class Run:
         if main:
             self.checkpoints.remove()
             if config.push_to_hub:
-                print(f"pushed to {push(config.push_to_hub, self.output, self.folder)}")
+                self._push()
         self.accelerator.end_training()
         return self.output
+
+    def _push(self) -> None:
+        """To the hub, when all is written.
+
+        Raises:
+            RuntimeError: it failed; that the adapter is here, and how to upload it.
+        """
+        repository = self.config.push_to_hub
+        try:
+            print(f"pushed to {push(repository, self.output, self.folder)}")
+        except (OSError, ValueError, HfHubHTTPError) as error:
+            raise RuntimeError(
+                f"{self.output} is finished, and only its upload failed: {error}\n"
+                f"Upload it without training again: hf upload {repository} {self.output}"
+            ) from error
 
     def _shown(self, loss: float | None, step: int, bad: int, rate: float | None) -> dict[str, str]:
         """For the progress bar; `rate` in steps a second."""
@@ -286,8 +334,7 @@ class Run:
         if bad:
             shown["skipped"] = str(bad)
         if rate:
-            samples = config.batch_size * config.gradient_accumulation * self.accelerator.num_processes
-            shown["clips/s" if len(self.latent_shape) == 4 else "images/s"] = f"{rate * samples:.1f}"
+            shown["clips/s" if len(self.latent_shape) == 4 else "images/s"] = f"{rate * self.samples:.1f}"
         on_gpu = torch.cuda.is_available()
         memory = torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
         return shown | {"memory": f"{memory / 2**30:.1f}GiB"}
@@ -364,11 +411,22 @@ class Run:
         for name, value in figures.items():
             if not math.isfinite(value):
                 print(f"after step {step}: {name} is {value}, so the pictures are of no use either", file=sys.stderr)
-        table = self.folder / "validation.csv"
+        table = self._table
         rows = table.read_text(encoding="utf-8").splitlines()[1:] if table.exists() else []
         rows = [row for row in rows if _step_of(row) < step]  # what is drawn again after an interruption has one row
         rows.append(",".join([str(step), *(f"{value:.6g}" for value in figures.values())]))
         write_text(table, "\n".join([",".join(["step", *figures]), *rows]) + "\n")
+
+    @property
+    def samples(self) -> int:
+        """Of an optimisation step, in all processes."""
+        config = self.config.optimizer
+        return config.batch_size * config.gradient_accumulation * self.accelerator.num_processes
+
+    @property
+    def _table(self) -> Path:
+        """Figures of validations."""
+        return self.folder / "validation.csv"
 
     @property
     def eta(self) -> float:
@@ -399,7 +457,7 @@ class Run:
         with writing(self.output):
             self.student.write(self.output, state, settings, config.title, extra)
         sample = f"samples/step-{config.optimizer.steps:08d}.png"
-        write_text(self.folder / "README.md", model_card(config, settings, self.data.describe(), sample))
+        write_text(self.folder / "README.md", model_card(config, settings, self.data.describe(), self.samples, sample))
 
 
 def run(config: TrainConfig) -> Path:

@@ -12,13 +12,14 @@ _TAGS = {"sd15": "stable-diffusion", "sdxl": "stable-diffusion-xl", "animatediff
 _PIPELINES = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline", "animatediff": "AnimateDiffPipeline"}
 
 
-def model_card(config: TrainConfig, settings: AdapterSettings, data: str, sample: str) -> str:
+def model_card(config: TrainConfig, settings: AdapterSettings, data: str, samples: int, sample: str) -> str:
     """Markdown with the hub's front matter.
 
     Args:
         config: of the run.
         settings: as in the adapter's header.
         data: what it was trained on, in words.
+        samples: of an optimisation step.
         sample: path of the sheet of samples, relative to the card.
     """
     name, edges = Path(config.output).name, ", ".join(map(str, settings.phase_edges))
@@ -58,7 +59,7 @@ pipe = {pipeline}.from_pretrained("{base or "the base model"}"{arguments})
 ```
 
 - phase edges {edges}, on {settings.num_solver_steps} solver steps{betas}; {settings.num_inference_steps} steps stop at {stops}
-- trained for {config.optimizer.steps} steps of batch {config.optimizer.batch_size} on {data};
+- trained for {config.optimizer.steps} steps of {samples} samples on {data};
   learning rate {config.optimizer.learning_rate:g}, the teacher's guidance
   {settings.training_guidance_scale:g}, its solver {config.objective.solver}
 

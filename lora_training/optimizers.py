@@ -21,6 +21,17 @@ _CLASSES = {
 }
 
 
+def check_installed(config: OptimizerConfig) -> None:
+    """Refuse an optimiser whose library is not here.
+
+    Raises:
+        ValueError: which, and how to install it.
+    """
+    package = _CLASSES[config.name][0].split(".")[0]
+    if find_spec(package) is None:
+        raise ValueError(f"optimizer.name is {config.name}, which needs {package}: pip install {package}")
+
+
 def build_optimizer(config: OptimizerConfig, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """The optimiser that `optimizer.name` names.
 
@@ -28,9 +39,7 @@ def build_optimizer(config: OptimizerConfig, parameters: Iterable[torch.nn.Param
         ValueError: its library is not installed.
     """
     library, name = _CLASSES[config.name]
-    package = library.split(".")[0]
-    if find_spec(package) is None:
-        raise ValueError(f"optimizer.name is {config.name}, which needs {package}: pip install {package}")
+    check_installed(config)
     options: dict[str, object] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.name == "prodigy":  # its authors' advice for diffusion models with a warm-up
         options |= {"use_bias_correction": True, "safeguard_warmup": True}

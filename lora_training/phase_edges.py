@@ -63,8 +63,11 @@ def main() -> None:
     run = Run(parse(settings))
     objective = run.config.objective
     curvature = teacher_curvature(run, of=chosen.measure)
-    shares = curvature.view(10, -1).sum(1) / curvature.sum()
-    print("share of the bend in each tenth of the schedule, from the end of the ODE: " + ", ".join(f"{s:.0%}" for s in shares))
+    shares = [part.sum() / curvature.sum() for part in curvature.tensor_split(min(10, len(curvature)))]
+    parts = "tenth" if len(shares) == 10 else f"of {len(shares)} parts"
+    print(
+        f"share of the bend in each {parts} of the schedule, from the end of the ODE: " + ", ".join(f"{s:.0%}" for s in shares)
+    )
     grid = edges_by_curvature(
         curvature, objective.num_phases, objective.num_solver_steps, num_train_timesteps=run.grid.num_train_timesteps
     )

@@ -8,8 +8,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
+import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from difflib import get_close_matches
@@ -23,6 +27,8 @@ from lora_training.config import TrainConfig
 from lora_training.dry_run import dry_run
 from lora_training.loop import Interrupted, Run
 from lora_training.settings_parser import SettingsParser
+
+_PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
 class Parser(SettingsParser):
@@ -64,7 +70,17 @@ def parse(arguments: list[str] | None = None) -> TrainConfig:
         sys.exit(f"train.py: {error}")
 
 
+def end_with_launcher() -> None:
+    """Be asked to stop (SIGTERM) when `accelerate launch` ends: with one process it passes on no signals, and a run that was
+    left behind would write beside the one that goes on from it. On Linux; elsewhere do nothing.
+    """
+    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:  # which the launcher sets
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
 def main() -> None:
+    end_with_launcher()
     config = parse()
     try:
         run = Run(config)

@@ -258,7 +258,7 @@ class LatentCache:
 
     def encode(self, process: int = 0, processes: int = 1) -> None:
         """This process's shards, those that are missing."""
-        if self._index.exists():
+        if self._is_whole():
             return
         bar = tqdm(total=self.source.total, desc="encode", disable=process > 0, unit=self.config.noun)
         frames = self.config.clips.frames if self.config.clips else 1
@@ -268,6 +268,15 @@ class LatentCache:
             else:
                 bar.update(len(records))
         bar.close()
+
+    def _is_whole(self) -> bool:
+        """Whether the encoding was done once, and no shard of it was lost since."""
+        if not self._index.exists():
+            return False
+        return json.loads(self._index.read_text(encoding="utf-8"))["shards"] == len(self._shards())
+
+    def _shards(self) -> list[Path]:
+        return sorted(self.folder.glob("shard-*.safetensors"))
 
     def _encode_shard(self, records: Sequence[Record], path: Path, bar: tqdm) -> None:
         left_out = [f"{r.name} {r.problem}" for r in records if r.problem]
@@ -302,7 +311,7 @@ class LatentCache:
         Raises:
             ValueError: more of them than `config.max_bad_share` cannot be used; they are named.
         """
-        shards = sorted(self.folder.glob("shard-*.safetensors"))
+        shards = self._shards()
         reports = []
         for path in shards:
             with safe_open(path, framework="pt") as file:

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, TiffImagePlugin
 
+from pcm_scheduler.pipelines.pictures import eight_bit_grey
+
 from ..config import DataConfig
 from .sources import Record
 
@@ -161,13 +163,14 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """8 bits a channel, transparency on white."""
-    if image.mode.startswith(("I", "F")):  # 16 bits and more: PIL's own conversion clips them to white
+    """8 bits a channel, transparency on white; of 16 bits of grey white is 65535, of PIL's modes I and F it is guessed."""
+    image = eight_bit_grey(image)
+    if image.mode in ("I", "F"):  # which do not say what white is, and PIL's own conversion clips them to it
         values = np.asarray(image, dtype=np.float64)
         if not np.isfinite(values).all():
             raise ValueError("it has pixels that are not finite numbers")
         white = 65535 if values.max() > 255 else 1 if image.mode == "F" and values.max() <= 1 else 255
-        image = Image.fromarray((values / white * 255).clip(0, 255).astype(np.uint8))
+        image = Image.fromarray((values / white * 255).round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from glob import glob
+from glob import glob, has_magic
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
@@ -95,6 +95,13 @@ def needs(library: str, what: str, extra: str) -> None:
         raise ValueError(f"{what} need the {library} library: pip install 'phased-consistency[{extra}]'")
 
 
+def _files(pattern: str) -> list[str]:
+    """What a path names: a file, whatever is in its name; else the files that it matches as a glob; else itself."""
+    if "://" in pattern or pattern.startswith("pipe:") or Path(pattern).is_file() or not has_magic(pattern):
+        return [pattern]
+    return sorted(glob(pattern))
+
+
 def _stamp(path: Path, root: Path) -> tuple[str, int, int]:
     """Changes when a file does, or one in a folder of frames."""
     found = [p.stat() for p in (frames_in(path) if path.is_dir() else [path])]
@@ -174,7 +181,12 @@ class Folder:
 
     @property
     def identity(self) -> object:
-        return [(*_stamp(r.content, self._folder), r.caption) for r in self._records if isinstance(r.content, Path)]
+        return [
+            (*_stamp(r.content, self._folder), r.caption)
+            if isinstance(r.content, Path)
+            else (os.path.relpath(r.name, self._folder), r.problem)  # which is mended by a file that comes or goes
+            for r in self._records
+        ]
 
     @property
     def total(self) -> int:
@@ -225,7 +237,7 @@ class TarShards:
         from webdataset.shardlists import expand_urls
 
         self._suffixes, self._noun = (CLIP_SUFFIXES, "clip") if clips else (SUFFIXES, "picture")
-        self._urls = [url for part in expand_urls(pattern) for url in (sorted(glob(part)) if "*" in part else [part])]
+        self._urls = [url for part in expand_urls(pattern) for url in _files(part)]
         self._local = [Path(url) for url in self._urls if "://" not in url and not url.startswith("pipe:")]
         missing = [path for path in self._local if not path.is_file()]
         if missing or not self._urls:
@@ -388,7 +400,7 @@ class Table:
         import datasets
 
         if parquet:
-            self._files = sorted(Path(f) for f in glob(config.path))
+            self._files = [Path(f) for f in _files(config.path) if Path(f).is_file()]
             if not self._files:
                 raise FileNotFoundError(f"data.path: no file {config.path}.")
             arguments: dict[str, Any] = {"path": "parquet", "data_files": [str(f) for f in self._files]}
@@ -418,7 +430,11 @@ class Table:
     def __iter__(self) -> Iterator[Record]:
         for number, row in enumerate(self._rows):
             name, picture, caption = f"{self._name}, row {number}", row[self._image], row[self._caption]
-            content = picture and (picture["bytes"] or (Path(picture["path"]) if picture["path"] else None))
+            try:
+                content = _content(picture, () if self._files else _ARCHIVES) if picture else None
+            except OSError as error:
+                yield Record(name, problem=f"has a {self._noun} that cannot be read: {error}")
+                continue
             if not content:
                 yield Record(name, problem=f"has no {self._noun}")
             else:
@@ -426,3 +442,34 @@ class Table:
                     yield Record(name, content, words(caption))
                 except ValueError as error:
                     yield Record(name, problem=f"has no caption: {self._caption} {error}")
+
+
+_ARCHIVES = (
+    "zip",
+    "tar",
+    "hf",
+)  # whose files `datasets` names by an address; other addresses are the data's own, and not asked
+
+
+def _content(picture: Mapping[str, Any], protocols: Sequence[str]) -> bytes | Path | None:
+    """Of a cell of a table: its bytes, or the file that it names, which may be inside of an archive.
+
+    Args:
+        picture: its `bytes` and its `path`.
+        protocols: of addresses that are opened.
+
+    Raises:
+        OSError: another address, or one where nothing can be read.
+    """
+    path = picture["path"]
+    if picture["bytes"] or not path:
+        return picture["bytes"]
+    if "://" not in path:
+        return Path(path)
+    strange = {part.split("://")[0] for part in path.split("::") if "://" in part} - set(protocols)
+    if strange:
+        raise OSError(f"{shortened(path)} is an address, and none is asked because data say so")
+    import fsspec  # type: ignore[import-untyped]
+
+    with fsspec.open(path, "rb") as file:
+        return file.read()

@@ -80,6 +80,8 @@ class StreamingData:
             if number % self._processes != self._process:
                 continue
             self._seen += epoch == 0
+            if epoch == 0 and self._seen == _CHECKED_FROM:
+                self._check()
             if record.problem:
                 self._leave_out({record.name: f"{record.name} {record.problem}"})
                 continue
@@ -99,7 +101,10 @@ class StreamingData:
         new = {name: line for name, line in lines.items() if name not in self._left_out}
         self._left_out |= new
         if new and self._seen >= _CHECKED_FROM:
-            check_share(list(self._left_out.values()), self._seen, self._config)
+            self._check()
+
+    def _check(self) -> None:
+        check_share(list(self._left_out.values()), self._seen, self._config)
 
     def _sized(self, batch_size: int, shuffled: bool = True) -> Iterator[tuple[Size, list[Record]]]:
         """Batches of one size each; what does not fill a batch waits for the next time round."""
@@ -119,7 +124,10 @@ class StreamingData:
                     yield size, waiting.pop(size)
             if not usable:
                 listed = list(self._left_out.values())[:20]
-                raise ValueError(f"data.path: no {self._config.noun} can be used.\n" + "\n".join(listed))
+                few = "" if listed else f" There are {self._processes} processes, and fewer {self._config.noun}s than those."
+                raise ValueError(f"data.path: no {self._config.noun} can be used.{few}\n" + "\n".join(listed))
+            if epoch == 0 and self._seen < _CHECKED_FROM:
+                self._check()  # of all that there are
             if not shuffled and waiting:
                 size = max(waiting, key=lambda key: len(waiting[key]))
                 yield size, waiting.pop(size)

@@ -170,7 +170,7 @@ class EvaluationConfig:
         guidance: how methods answer it.
         negative: how they answer negative prompts.
         ode: how far adapters leave the teacher's.
-        shown: prompts in the grid of pictures.
+        shown: prompts in the grid of pictures; 0: no grid.
         output: a folder for pictures, `report.json`, `report.md` and plots.
         title: of the report.
     """
@@ -207,6 +207,15 @@ class EvaluationConfig:
             raise ValueError(f"methods: {self.reference.method.name!r} is the reference's name; choose another.")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be positive; got {self.batch_size}.")
+        not_negative = {"count": self.count, "shown": self.shown, "ode.count": self.ode.count}
+        for name, value in not_negative.items():
+            if value < 0:
+                raise ValueError(f"{name} must be 0 or more; got {value}.")
+        if self.count == 1 and (self.features or (self.clips and self.clips.features)):
+            raise ValueError("count is 1, and distances between distributions need more pictures: leave features out.")
+        if len(self.reference.method.steps) != 1:
+            raise ValueError(f"reference.method.steps: it is drawn in one number of steps; got {self.reference.method.steps}.")
+        self._check_responses()
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: name at least one, and each once; got {self.seeds}.")
         if self.reference.seed in self.seeds:
@@ -227,6 +236,20 @@ class EvaluationConfig:
             raise ValueError("guidance.scales needs a judge: set alignment.")
         if self.negative.pairs and not judged:
             raise ValueError("negative.pairs needs a judge: set alignment.")
+
+    def _check_responses(self) -> None:
+        """What would be refused only when all is drawn."""
+        if self.guidance.scales:
+            for name, value in (("count", self.guidance.count), ("steps", self.guidance.steps)):
+                if value < 1:
+                    raise ValueError(f"guidance.{name} must be positive; got {value}.")
+        if self.negative.pairs and self.negative.guidance_scale <= 1:
+            raise ValueError(
+                "negative.guidance_scale must be above 1, without which a negative prompt does nothing; got "
+                f"{self.negative.guidance_scale:g}."
+            )
+        if self.negative.pairs and self.negative.steps < 1:
+            raise ValueError(f"negative.steps must be positive; got {self.negative.steps}.")
 
     def _check_clips(self) -> None:
         self.model.check()

@@ -26,18 +26,9 @@ def ode_rows(
     Means over prompts, of x_t's elements, whose variance is about 1. Adapters that are sampled with new noise have one in a
     single step alone. The ODE is that of the betas which an adapter's file states, as in drawing.
     """
-    asked = config.ode
-    names = [
-        method.name
-        for method in config.methods
-        if method.name in gallery.settings
-        and method.scheduler == "pcm"
-        and not method.timesteps  # it measures numbers of steps, which stop at the grid's own
-    ]
-    # an adapter that is sampled with new noise leaves the ODE by that noise, if not in a single step
-    measured = {name: [k for k in asked.steps if k == 1 or gallery.settings[name].eta == 0] for name in names}
-    names = [name for name in names if measured[name]]
-    if asked.count == 0 or not names:
+    asked, measured = config.ode, _measured(gallery, config)
+    names = list(measured)
+    if not names:
         return []
     family = FAMILIES[config.model.family]
     backbone = family(gallery.pipe)
@@ -57,9 +48,7 @@ def ode_rows(
 
         return cast
 
-    edges = {edge for name in names for edge in gallery.settings[name].grid.edges[1:]}
-    (length,) = {gallery.settings[name].grid.num_train_timesteps for name in names}
-    fine = PhaseGrid.from_timesteps(sorted(edges), asked.solver_steps, length)  # one solution for all adapters of like betas
+    fine = _fine_grid(gallery, names, asked.solver_steps)
     solved: dict[tuple[float, ...], States] = {}
     rows = []
     for name in names:
@@ -82,3 +71,48 @@ def ode_rows(
             row: dict[str, Any] = {"method": name, "steps": steps, "ode_error": errors.pop(END).mean().item()}
             rows.append(row | {f"at {timestep}": error.mean().item() for timestep, error in errors.items()})
     return rows
+
+
+def _measured(gallery: Gallery, config: EvaluationConfig) -> dict[str, list[int]]:
+    """The methods that are measured, and in which numbers of steps."""
+    if config.ode.count == 0:
+        return {}
+    names = [
+        method.name
+        for method in config.methods
+        if method.name in gallery.settings
+        and method.scheduler == "pcm"
+        and not method.timesteps  # it measures numbers of steps, which stop at the grid's own
+    ]
+    # an adapter that is sampled with new noise leaves the ODE by that noise, if not in a single step
+    found = {name: [k for k in config.ode.steps if k == 1 or gallery.settings[name].eta == 0] for name in names}
+    return {name: steps for name, steps in found.items() if steps}
+
+
+def _fine_grid(gallery: Gallery, names: Sequence[str], solver_steps: int) -> PhaseGrid:
+    """That the teacher is solved on: one for all adapters."""
+    edges = {edge for name in names for edge in gallery.settings[name].grid.edges[1:]}
+    lengths = {gallery.settings[name].grid.num_train_timesteps for name in names}
+    if len(lengths) > 1:
+        raise ValueError(f"adapters of {sorted(lengths)} training timesteps are not beside each other")
+    return PhaseGrid.from_timesteps(sorted(edges), solver_steps, lengths.pop())
+
+
+def check_ode(gallery: Gallery, config: EvaluationConfig) -> None:
+    """Refuse numbers of steps that the error cannot be measured with, before anything is drawn.
+
+    Raises:
+        ValueError: which, and why.
+    """
+    measured = _measured(gallery, config)
+    if not measured:
+        return
+    try:
+        _fine_grid(gallery, list(measured), config.ode.solver_steps)
+    except ValueError as error:
+        raise ValueError(f"ode.solver_steps: {error}") from error
+    for name, steps in measured.items():
+        most = gallery.settings[name].grid.num_solver_steps
+        wrong = [k for k in steps if not 1 <= k <= most]
+        if wrong:
+            raise ValueError(f"ode.steps must be from 1 to {most} for {name}; got {wrong[0]}.")

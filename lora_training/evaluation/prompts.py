@@ -52,6 +52,8 @@ def read_pairs(path: str) -> list[tuple[str, str]]:
             pairs.append((_words(row["prompt"], f"the prompt of {where}"), _words(row["thing"], f"the thing of {where}")))
     except ValueError as error:
         raise ValueError(f"negative.pairs: {error}") from error
+    if not pairs:
+        raise ValueError(f"negative.pairs: {path} has no lines.")
     return pairs
 
 

@@ -28,10 +28,11 @@ SECTIONS = {
 def write_report(evaluation: Evaluation, report: dict[str, Any]) -> Path:
     """`report.json`, `report.md` and the pictures in it; returns the Markdown file."""
     root = evaluation.root
-    plots = plot(report["rows"], root)
-    grid = picture_grid(evaluation, root / "pictures.png")
-    write_text(root / "report.json", json.dumps(report, indent=1) + "\n")
-    write_text(root / "report.md", markdown(report, [*plots, grid]))
+    write_text(root / "report.json", json.dumps(report, indent=1) + "\n")  # first: whatever comes of pictures, figures are kept
+    shown = plot(report["rows"], root)
+    if evaluation.config.shown:
+        shown.append(picture_grid(evaluation, root / "pictures.png"))
+    write_text(root / "report.md", markdown(report, shown))
     return root / "report.md"
 
 

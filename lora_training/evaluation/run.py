@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,11 +17,11 @@ from accelerate.utils import convert_outputs_to_fp32
 from tqdm import tqdm
 
 from ..backbones import load_backbone
-from ..config import DataConfig, chosen
+from ..config import DataConfig, ModelConfig, chosen
 from ..cpu import precision_here
 from ..data.clips import load_clip
 from ..data.pictures import load_picture
-from ..data.sources import Record, clips_in
+from ..data.sources import SUFFIXES, Record, clips_in
 from ..distances import load_lpips
 from .alignment import Scorer, load_scorer, mean_score
 from .config import EvaluationConfig, PairConfig
@@ -28,7 +29,7 @@ from .distribution import Moments, frechet_distance, kernel_distance, precision_
 from .features import extract, load_features
 from .generation import Pictures, folder_of, generate
 from .methods import Gallery, MethodConfig
-from .ode import ode_rows
+from .ode import check_ode, ode_rows
 from .prompts import read_pairs, read_prompts
 from .response import Generate, guidance_response, negative_prompt_response
 from .similarity import consistency, diversity, perceptual_distance
@@ -38,7 +39,6 @@ Row = dict[str, Any]
 Figure = Callable[[Pictures], float]
 Item = TypeVar("Item")
 KEYS = ("method", "steps", "guidance_scale")  # what a row is of; the rest of it was measured
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
 class Evaluation:
@@ -57,6 +57,9 @@ class Evaluation:
         config = replace(config, precision=precision_here(config.precision, device))
         self.config, self.root, clips = config, Path(config.output), config.clips
         self.prompts = read_prompts(config.prompts, config.count)
+        self.pairs = read_pairs(config.negative.pairs) if config.negative.pairs else []
+        if config.reference.folder:
+            self._reference_files()
         # judges first: what is missing is said before anything is drawn
         self.features = load_features(config.features, device) if config.features else None
         self.similarity = load_features(config.similarity, device, "similarity") if config.similarity else self.features
@@ -79,6 +82,7 @@ class Evaluation:
         pipe.set_progress_bar_config(disable=True)
         self.methods = list(config.methods)
         self.gallery = Gallery(pipe, [*self.methods, config.reference.method], clips.frames if clips else 0)
+        check_ode(self.gallery, config)
         self.figures = self._figures(motion, flow)
 
     def _figures(self, motion: Scorer | None, flow: Flow | None) -> dict[str, Figure]:
@@ -122,15 +126,27 @@ class Evaluation:
         reference, clips = self.config.reference, self.config.clips
         if not reference.folder:
             return iter(self.pictures(reference.method, reference.method.steps[0], reference.seed))
-        folder = Path(reference.folder)
-        pictures = (path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
-        files = clips_in(folder) if clips else sorted(pictures)
-        if len(files) < 2:
-            raise ValueError(f"reference.folder: {folder} has {len(files)} {'clips' if clips else 'pictures'}.")
+        files = self._reference_files()
         if clips:
             framing = DataConfig(clips=clips.of_reference)
             return (load_clip(Record(str(path), path), self.config.size, framing).pixels for path in files)
         return (load_picture(Record(str(path), path), self.config.size, DataConfig()).pixels for path in files)
+
+    def _reference_files(self) -> list[Path]:
+        """The pictures or clips of `reference.folder`.
+
+        Raises:
+            FileNotFoundError: no such folder.
+            ValueError: fewer than two.
+        """
+        folder, clips = Path(self.config.reference.folder), self.config.clips
+        if not folder.is_dir():
+            raise FileNotFoundError(f"reference.folder: there is no folder {folder}.")
+        pictures = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+        files = clips_in(folder) if clips else sorted(pictures)
+        if len(files) < 2:
+            raise ValueError(f"reference.folder: {folder} has {len(files)} {'clips' if clips else 'pictures'}.")
+        return files
 
     def measure(self) -> list[Row]:
         """A row for every method and number of steps, over all seeds."""
@@ -216,9 +232,9 @@ class Evaluation:
     def negative(self) -> list[Row]:
         """How often what a negative prompt names is in each method's pictures, without it and with it."""
         asked, scorer = self.config.negative, self.scorer
-        if not asked.pairs or scorer is None:
+        if not self.pairs or scorer is None:
             return []
-        pairs = read_pairs(asked.pairs)
+        pairs = self.pairs
         batches = self._batches(pairs)
         told = {"steps": asked.steps, "guidance_scale": asked.guidance_scale}
 
@@ -295,10 +311,30 @@ def over_seeds(runs: Sequence[list[Row]]) -> list[Row]:
     return rows
 
 
+def weights_of(model: ModelConfig) -> str:
+    """Of the files that a model is made of, a digest; of what is on the hub nothing, for its name says it."""
+    named = (model.path, model.motion_adapter, model.image_adapter, *model.teacher_loras)
+    roots = [Path(name) for name in named if name and Path(name).exists()]
+    files = [file for root in roots for file in ([root] if root.is_file() else sorted(root.rglob("*.safetensors")))]
+    return (
+        hashlib.sha256("".join(_digest(file, file.stat().st_mtime_ns) for file in files).encode()).hexdigest() if files else ""
+    )
+
+
+@cache
+def _digest(file: Path, _changed: int) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while block := content.read(2**24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def pictures_of(config: EvaluationConfig, method: MethodConfig, steps: int, seed: int, prompts: Sequence[str] = ()) -> Pictures:
     """Where an evaluation keeps a method's pictures; its prompts are read unless they are given."""
     prompts = prompts or read_prompts(config.prompts, config.count)
     told = {"model": chosen(config.model), "prompts": prompts, "size": config.size, "seed": seed}
+    told |= {"weights": weights} if (weights := weights_of(config.model)) else {}
     frames = config.clips.frames if config.clips else 0
     if frames:
         told["frames"] = frames

@@ -264,9 +264,10 @@ def test_the_reference_may_be_a_folder_of_clips(config, tmp_path):
     evaluation.draw()
     assert not (evaluation.root / "pictures" / "teacher").exists()
     assert evaluation.measure()[0]["video_frechet_distance"] >= 0
+    (tmp_path / "nothing").mkdir()
     config.reference.folder = str(tmp_path / "nothing")
     with pytest.raises(ValueError, match="has 0 clips"):
-        Evaluation(config).reference()
+        Evaluation(config)
 
 
 def test_clips_of_other_lengths_go_to_other_folders_and_pictures_stay_where_they_are(config, tmp_path):

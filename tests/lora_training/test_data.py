@@ -6,6 +6,7 @@ import io
 import json
 import struct
 import tarfile
+import zipfile
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from lora_training.backbones import load_backbone
 from lora_training.config import DataConfig, ModelConfig, TrainConfig
 from lora_training.data import latent_cache
 from lora_training.data.latent_cache import Bucket, Example, LatentCache
-from lora_training.data.pictures import bucket_sizes, load_picture, nearest_bucket, upright_size
+from lora_training.data.pictures import bucket_sizes, load_picture, nearest_bucket, rgb, upright_size
 from lora_training.data.sources import Folder, Record, open_source
 from lora_training.data.stream import StreamingData
 
@@ -101,6 +102,13 @@ def test_transparency_is_white_sixteen_bits_are_not_clipped_and_exif_turns(tmp_p
     turned.save(tmp_path / "turned.jpg", exif=exif)
     record = Record("", tmp_path / "turned.jpg")
     assert load_picture(record, (32, 32), SQUARE).original_size == upright_size(record) == (80, 40)
+
+
+def test_sixteen_bits_of_grey_have_one_white_however_dark_the_picture_is():
+    """A clip that fades to black must not flash white in its last frames."""
+    for level, eight in ((65535, 255), (4000, 16), (250, 1), (0, 0)):
+        image = rgb(Image.fromarray(np.full((8, 8), level, dtype=np.uint16)))
+        assert np.unique(np.asarray(image)).tolist() == [eight]
 
 
 def saved(image, kind, **options):
@@ -299,6 +307,44 @@ def test_a_folder_that_datasets_knows_is_read_as_a_hub_dataset_is(tmp_path):
     assert source.total == 2
 
 
+def test_pictures_in_the_archive_of_a_dataset_are_read(tmp_path):
+    pytest.importorskip("datasets")
+    folder = folder_of(tmp_path / "plain", 2)
+    with zipfile.ZipFile(tmp_path / "train.zip", "w") as archive:
+        for path in folder.glob("*.png"):
+            archive.write(path, path.name)
+        rows = [json.dumps({"file_name": path.name, "text": path.stem}) for path in sorted(folder.glob("*.png"))]
+        archive.writestr("metadata.jsonl", "\n".join(rows))
+    (data := tmp_path / "data").mkdir()
+    (tmp_path / "train.zip").rename(data / "train.zip")
+    records = list(open_source(DataConfig(path=str(data), format="hub", streaming=True)))
+    assert [record.problem for record in records] == ["", ""]
+    assert load_picture(records[1], (32, 32), SQUARE).original_size == (96, 96)
+
+
+@pytest.mark.parametrize("path", ["http://127.0.0.1:9/a.png", "zip://a.png::http://127.0.0.1:9/a.zip", "file:///etc/passwd"])
+def test_addresses_that_data_name_are_not_asked(tmp_path, path):
+    """A table from elsewhere must not make a run speak to others."""
+    pytest.importorskip("datasets")
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    cell = pa.array([{"bytes": None, "path": path}], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    parquet.write_table(pa.table({"image": cell, "text": ["words"]}), tmp_path / "a.parquet")
+    (record,) = open_source(DataConfig(path=str(tmp_path / "a.parquet")))
+    assert "none is asked" in record.problem
+
+
+def test_names_with_brackets_are_names_and_patterns_are_patterns(tmp_path):
+    odd = tmp_path / "data [v1]"
+    odd.mkdir()
+    for name in ("a", "b"):
+        tar_of(odd / f"{name}.tar", {"1.png": png(), "1.txt": b"words"})
+    tar_of(tmp_path / "00.tar", {"1.png": png(), "1.txt": b"words"})
+    assert len(list(open_source(DataConfig(path=str(odd / "a.tar"))))) == 1
+    assert len(list(open_source(DataConfig(path=str(tmp_path / "0?.tar"))))) == 1
+    with pytest.raises(FileNotFoundError, match="no file"):
+        open_source(DataConfig(path=str(tmp_path / "1?.tar")))
+
+
 @pytest.mark.parametrize(
     ("path", "kind"),
     [
@@ -395,6 +441,24 @@ def test_an_encoding_that_was_cut_off_goes_on_where_it_was(tmp_path, backbone, m
     calls.clear()
     assert len(encoded(config, backbone, tmp_path / "cache")) == 6
     assert not calls
+
+
+def test_what_had_no_caption_and_was_removed_is_forgotten(tmp_path, backbone):
+    """The message says to mend or remove; a cache that remembered would refuse again."""
+    folder = folder_of(tmp_path / "data", 4)
+    (folder / "001.txt").unlink()
+    config = DataConfig(path=str(folder), resolution=64)
+    with pytest.raises(ValueError, match=r"001.png has no caption"):
+        encoded(config, backbone, tmp_path / "cache")
+    (folder / "001.png").unlink()
+    assert len(encoded(config, backbone, tmp_path / "cache")) == 3
+
+
+def test_a_shard_that_was_lost_is_encoded_again(tmp_path, backbone):
+    config = DataConfig(path=str(folder_of(tmp_path / "data", 4)), resolution=64, shard_size=2)
+    assert len(encoded(config, backbone, tmp_path / "cache")) == 4
+    next((tmp_path / "cache").rglob("shard-000001.safetensors")).unlink()
+    assert len(encoded(config, backbone, tmp_path / "cache")) == 4
 
 
 def test_what_a_cache_is_named_after_is_looked_at_once(tmp_path, backbone):
@@ -520,6 +584,16 @@ def test_a_stream_says_when_nothing_or_too_little_can_be_used(tmp_path, backbone
     data = stream(DataConfig(path=str(folder), resolution=16, streaming=True, shuffle_buffer=2), backbone)
     with pytest.raises(ValueError, match=r"cannot be used"):
         batches_of(data, 70)
+
+
+@pytest.mark.parametrize("count", [30, 150])
+def test_a_stream_names_the_first_that_cannot_be_used_however_few_there_are(tmp_path, backbone, count):
+    folder = folder_of(tmp_path / "data", count, size=(16, 16))
+    for number in range(20):
+        (folder / f"{number:03d}.txt").unlink()
+    config = DataConfig(path=str(folder), resolution=16, streaming=True, shuffle_buffer=2)
+    with pytest.raises(ValueError, match=r"20 of (30|100) pictures cannot be used"):
+        batches_of(stream(config, backbone), 60)
 
 
 def test_what_is_broken_is_counted_once_however_often_a_stream_comes_round(backbone, capsys):

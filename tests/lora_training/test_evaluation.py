@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import tiny_models
@@ -11,6 +12,7 @@ import torch
 import yaml
 from evaluate import ADAPTERS
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from lora_training.config import ModelConfig
 from lora_training.evaluation.__main__ import parse
@@ -28,7 +30,7 @@ from lora_training.evaluation.methods import Gallery, MethodConfig
 from lora_training.evaluation.ode import ode_rows
 from lora_training.evaluation.prompts import read_pairs, read_prompts
 from lora_training.evaluation.report import is_best, table, write_report
-from lora_training.evaluation.run import Evaluation
+from lora_training.evaluation.run import Evaluation, pictures_of
 from pcm_scheduler.lora_file import AdapterSettings, write_kohya
 from pcm_scheduler.phases import PhaseGrid
 
@@ -163,6 +165,12 @@ def test_noises_and_pairs_that_cannot_be_are_refused(config):
         ({"seeds": (0, 1000)}, "noise of its own"),
         ({"guidance": GuidanceConfig(methods=("LCM",))}, "LCM not among methods, which are PCM, DDIM"),
         ({"pairs": (PairConfig("PCM", "DDIM", (1, 8)),)}, "no method 'DDIM' at 8"),
+        ({"count": -1}, "count must be 0 or more"),
+        ({"count": 1}, "need more pictures"),
+        ({"shown": -1}, "shown must be 0 or more"),
+        ({"guidance": GuidanceConfig(scales=(2.0,), count=0)}, r"guidance\.count must be positive"),
+        ({"negative": NegativeConfig("pairs.jsonl", guidance_scale=1.0)}, r"negative\.guidance_scale must be above 1"),
+        ({"reference": ReferenceConfig(method=MethodConfig("reference", steps=(4, 8)))}, "one number of steps"),
     ):
         with pytest.raises(ValueError, match=words):
             dataclasses.replace(config, **change)
@@ -188,9 +196,11 @@ def test_the_reference_may_be_a_folder_of_pictures(config, tmp_path):
     assert photograph[:, :80].min() > 0.9
     assert photograph[:, -16:].max() < -0.9
     assert transparent.min() == 1
-    config.reference.folder = str(tmp_path / "nothing")
-    with pytest.raises(ValueError, match="has 0 pictures"):
-        list(Evaluation(config).reference())
+    for name, error, says in (("nothing", FileNotFoundError, "there is no folder"), ("empty", ValueError, "has 0 pictures")):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        config.reference.folder = str(tmp_path / name)
+        with pytest.raises(error, match=says):
+            Evaluation(config)
 
 
 def test_prompts_come_in_the_forms_that_people_have_them(tmp_path):
@@ -235,6 +245,30 @@ def test_what_is_missing_is_said_before_anything_is_drawn(config, tmp_path):
         Evaluation(config)
     with pytest.raises(ValueError, match="at least one"):
         EvaluationConfig()
+
+
+@pytest.mark.parametrize(
+    ("part", "says"),
+    [
+        ({"negative": NegativeConfig("nowhere.jsonl")}, "negative.pairs: there is no file"),
+        ({"ode": OdeConfig(count=2, solver_steps=40)}, "ode.solver_steps"),
+        ({"ode": OdeConfig(count=2, steps=(2, 60), solver_steps=50)}, "ode.steps must be from 1 to 50 for PCM; got 60"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is_drawn(config, part, says):
+    with pytest.raises(ValueError, match=says):
+        Evaluation(dataclasses.replace(config, **part))
+
+
+def test_pictures_of_a_model_that_was_trained_again_are_drawn_again(config, tmp_path):
+    shutil.copytree(MODEL_DIR, tmp_path / "model")
+    config.model.path = str(tmp_path / "model")
+    method = config.methods[0]
+    before = pictures_of(config, method, 4, 0).folder
+    assert pictures_of(config, method, 4, 0).folder == before
+    file = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor * 0.5 for name, tensor in load_file(file).items()}, file)
+    assert pictures_of(config, method, 4, 0).folder != before
 
 
 def test_a_file_and_overrides_make_a_configuration(tmp_path):

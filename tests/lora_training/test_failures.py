@@ -229,12 +229,12 @@ def test_settings_that_were_edited_are_listed_and_refused_by_name(folder, unbrok
     config = tiny_config(folder, tmp_path / "a.safetensors")
     interrupted(config, monkeypatch)
     edited = tiny_config(
-        folder, tmp_path / "a.safetensors", **{"optimizer.learning_rate": 0.5, "lora.rank": 3, "checkpoint_every": 1}
+        folder, tmp_path / "a.safetensors", **{"optimizer.weight_decay": 0.5, "lora.rank": 3, "checkpoint_every": 1}
     )
     with pytest.raises(ValueError, match="other settings") as refused:
         run(edited)
     said = str(refused.value)
-    assert "optimizer.learning_rate: 0.001 in the checkpoint, 0.5 now" in said
+    assert "optimizer.weight_decay: 0.001 in the checkpoint, 0.5 now" in said
     assert "lora.rank: 2 in the checkpoint, 3 now" in said
     assert "checkpoint_every" not in said, "which may change"
     assert "resume: no" in said
@@ -250,6 +250,16 @@ def test_settings_that_were_edited_are_listed_and_refused_by_name(folder, unbrok
     for line in ("after step 4", "checkpoint_every: 2 in the checkpoint, 1 now", "validation.seed: 0 in the checkpoint, 7 now"):
         assert line in said
     assert "learning_rate:" not in said
+
+
+def test_what_a_stopped_run_advises_to_change_may_change(folder, unbroken, tmp_path, monkeypatch, capsys):
+    """A loss that is not finite says to lower the learning rate, and where the last good state is."""
+    config = tiny_config(folder, tmp_path / "a.safetensors")
+    interrupted(config, monkeypatch)
+    lower = tiny_config(folder, tmp_path / "a.safetensors", **{"optimizer.learning_rate": 1e-4, "data.max_bad_share": 0.5})
+    capsys.readouterr()
+    assert not same(run(lower), unbroken)
+    assert "optimizer.learning_rate: 0.001 in the checkpoint, 0.0001 now" in capsys.readouterr().err
 
 
 def test_differences_are_of_what_json_keeps():

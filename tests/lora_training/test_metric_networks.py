@@ -25,6 +25,7 @@ from lora_training.evaluation import alignment
 from lora_training.evaluation.alignment import ScorerConfig, load_scorer, mean_score
 from lora_training.evaluation.clip import load_clip, to_bytes
 from lora_training.evaluation.features import FeatureConfig, extract, load_features
+from lora_training.local_weights import call_factory
 from lora_training.randomness import generator_of
 
 PROMPTS = ["a red star", "a blue ring"]
@@ -246,3 +247,14 @@ def test_the_shapes_classifier_plugs_in():
         assert load_features(FeatureConfig("factory", factory=f"{AGREEMENT}:{name}"))(pictures).shape == (2, width)
     scorer = load_scorer(ScorerConfig("factory", factory=f"{AGREEMENT}:caption_agreement"))
     assert scorer(pictures, ["a red star", "star"]).tolist() == [0, 0]
+
+
+def test_files_of_one_name_in_two_folders_are_two_modules(tmp_path):
+    """The second must not be taken for the first, nor for the standard library's."""
+    for folder, name in (("a", "mine"), ("b", "mine"), ("a", "test")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / f"{name}.py").write_text(f"def f():\n    return 'made in {folder}/{name}'\n", encoding="utf-8")
+    for folder, name in (("a", "mine"), ("b", "mine"), ("a", "test")):
+        assert call_factory(f"{tmp_path / folder / name}.py:f", "", "cpu", "features") == f"made in {folder}/{name}"
+    with pytest.raises(ValueError, match=r"features\.factory must be"):
+        call_factory(f"{tmp_path / 'c' / 'mine'}.py:f", "", "cpu", "features")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -442,8 +443,45 @@ def test_a_pushed_adapter_takes_its_card_and_nothing_else_along(pictures, tmp_pa
             sent.extend(filter_repo_objects(names, allow_patterns=allow_patterns))
 
     monkeypatch.setattr("lora_training.hub.HfApi", Hub)
+    monkeypatch.setattr("lora_training.hub.get_token", lambda: "hf_token")
     run(config_for(pictures, tmp_path / "a.safetensors", steps=1, push_to_hub="me/mine"))
     assert sorted(sent) == ["README.md", "a.safetensors", "samples/step-00000001.png"]
+
+
+def test_an_upload_that_fails_says_that_the_adapter_is_finished(pictures, tmp_path, monkeypatch):
+    class Hub:
+        def create_repo(self, repo, **how):
+            raise OSError("no route to host")
+
+    monkeypatch.setattr("lora_training.hub.HfApi", Hub)
+    monkeypatch.setattr("lora_training.hub.get_token", lambda: "hf_token")
+    output = tmp_path / "a.safetensors"
+    with pytest.raises(RuntimeError, match=r"is finished, and only its upload failed: no route(.|\n)*hf upload me/mine"):
+        run(config_for(pictures, output, steps=1, push_to_hub="me/mine"))
+    assert output.is_file()
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"push_to_hub": "a/b/c"}, "push_to_hub"),
+        ({"push_to_hub": "me/mine"}, "hf auth login"),
+        ({"optimizer.name": "prodigy"}, "optimizer.name"),
+        ({"lora.init_adapter": "nowhere.safetensors"}, "lora.init_adapter: there is no file"),
+        ({"lora.targets": ("to_qq",)}, "lora.targets"),
+        ({"objective.distance": "lpips"}, "objective.lpips_weights"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_pictures_are_encoded(pictures, tmp_path, monkeypatch, settings, says):
+    monkeypatch.setattr("lora_training.hub.get_token", lambda: None)
+    monkeypatch.setattr("lora_training.optimizers.find_spec", lambda name: None if name == "prodigyopt" else name)
+    config = config_for(pictures, tmp_path / "a.safetensors", steps=1)
+    for name, value in settings.items():
+        group, _, last = name.rpartition(".")
+        setattr(getattr(config, group) if group else config, last, value)
+    with pytest.raises((ValueError, FileNotFoundError), match=says):
+        run(config)
+    assert not list(tmp_path.rglob("shard-*"))
 
 
 def test_an_optimiser_that_is_not_installed_is_named(monkeypatch):
@@ -809,6 +847,43 @@ def test_sigterm_saves_and_exits_with_0(pictures, tmp_path):
     assert process.returncode == 0
     assert "run the same command to go on" in said
     assert list((tmp_path / "adapter.run" / "checkpoints").glob("step-*.safetensors"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a process is told of its parent's end on Linux alone")
+def test_a_run_ends_well_when_its_launcher_is_asked_to(pictures, tmp_path):
+    """accelerate's launcher of one process hands no signal on; the run would go on beside the one that is started next."""
+    output = tmp_path / "adapter.safetensors"
+    how = ["--cpu", "--num_machines", "1", "--num_processes", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *how, str(TRAIN)]
+    command += shapes_arguments(pictures, output, **{"optimizer.steps": 10000})
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = ""
+    while "loss=" not in log:
+        log += launcher.stderr.read(1)
+    launcher.send_signal(signal.SIGTERM)
+    said, _ = launcher.communicate(timeout=60)  # until the run, too, has closed what it writes to
+    assert "run the same command to go on" in said
+    assert list((tmp_path / "adapter.run" / "checkpoints").glob("step-*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("checkpoints_kept", -1, "checkpoints_kept must be 0 or more"),
+        ("validation.steps", "[]", "name at least one of each"),
+        ("validation.guidance_scales", "[]", "name at least one of each"),
+        ("validation.seed", -1, "validation.seed must be 0 or more"),
+        ("optimizer.warmup_steps", -5, "optimizer.warmup_steps must be 0 or more"),
+        ("objective.huber_c", -1, "objective.huber_c must be positive"),
+        ("objective.target_ema", 1, "objective.target_ema must be less than 1"),
+        ("lora.dropout", 1, "lora.dropout must be less than 1"),
+        ("seed", 2**32, "seed must be from 0 to"),
+    ],
+)
+def test_settings_that_would_fail_or_do_nothing_late_are_refused_at_once(name, value, says):
+    with pytest.raises(SystemExit, match=re.escape(says)):
+        parse([f"--{name}", str(value)])
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
