@@ -30,12 +30,10 @@ def describe(run: Run) -> Iterator[str]:
     guidance = "none" if high == 1 else f"{low:g}" if low == high else f"{low:g} to {high:g}"
     yield f"teacher    {config.objective.solver}, {config.objective.solver_skip} grid point(s) a step, guidance {guidance}"
     count = sum(p.numel() for p in run.student.parameters.values())
-    yield (f"trained    {run.student.describe()}, {count / 1e6:.2f} M parameters, {_files(run, count)}: {run.output}")
-    if not run.critic:
-        yield "critic     none: adversarial.weight is 0"
+    yield f"trained    {run.student.describe()}, {count / 1e6:.2f} M parameters, {_files(run, count)}: {run.output}"
     judged = sum(p.numel() for p in run.critic.parameters.values()) if run.critic else 0
-    if run.critic:
-        yield f"critic     {run.critic.describe()}, {judged / 1e6:.2f} M parameters"
+    critic = f"{run.critic.describe()}, {judged / 1e6:.2f} M parameters" if run.critic else "none: adversarial.weight is 0"
+    yield f"critic     {critic}"
     seen = (
         f"; every {config.data.noun} is seen {run.samples * config.optimizer.steps / len(data):.1f} times on average"
         if len(data)

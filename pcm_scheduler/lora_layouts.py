@@ -119,10 +119,13 @@ class LoraTensors:
             [name for name, parts in self.modules.items() if "alpha" not in parts] if self.layouts != ("animatediff",) else []
         )
 
-    def stating(self, alpha: float) -> LoraTensors:
-        """The same, with this alpha for every module of which nobody says one."""
-        stated = torch.tensor(float(alpha))
-        return replace(self, modules={name: {"alpha": stated} | parts for name, parts in self.modules.items()})
+    def stating(self, alpha: float | None = None) -> LoraTensors:
+        """The same, with this alpha for every module of which nobody says one; None: its rank, as hosts take it."""
+        modules = {
+            name: {"alpha": torch.tensor(self.alpha(name) if alpha is None else float(alpha))} | parts
+            for name, parts in self.modules.items()
+        }
+        return replace(self, modules=modules)
 
     def folded(self) -> LoraTensors:
         """The same effect with alpha = rank everywhere: scales are folded into `up`, in float32."""
@@ -131,11 +134,6 @@ class LoraTensors:
             rank = parts["down"].shape[0]
             up = parts["up"].float() * (self.alpha(name) / rank)
             modules[name] = {**parts, "up": up, "alpha": torch.tensor(float(rank))}
-        return replace(self, modules=modules)
-
-    def stating_ranks(self) -> LoraTensors:
-        """The same, and where nobody says alpha it is stated to be the rank, as hosts take it."""
-        modules = {name: {"alpha": torch.tensor(self.alpha(name))} | parts for name, parts in self.modules.items()}
         return replace(self, modules=modules)
 
     def only(self, wanted: Callable[[str], bool]) -> LoraTensors:

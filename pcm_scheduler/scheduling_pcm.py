@@ -57,14 +57,14 @@ def _combine(x: torch.Tensor, a: Level, y: torch.Tensor, b: Level) -> torch.Tens
 _BETAS = ("beta_start", "beta_end", "beta_schedule")
 
 
-def _is_of_edm(config: Mapping[str, Any]) -> bool:
-    """Whether a scheduler's config is of the noise levels of EDM (arXiv 2206.00364), which has no betas."""
-    return "sigma_data" in config and "beta_start" not in config
-
-
-def _is_of_flow_matching(config: Mapping[str, Any]) -> bool:
-    """Whether a scheduler's config is of straight paths: such schedulers have a shift and no betas, or a flag."""
-    return bool(config.get("use_flow_sigmas")) or ("shift" in config and "beta_start" not in config)
+def _other_noise(config: Mapping[str, Any]) -> str:
+    """What a scheduler's config is of, in words, if its noise has no betas: straight paths, which have a shift or a flag, or
+    EDM's levels (arXiv 2206.00364).
+    """
+    has_betas = "beta_start" in config
+    if config.get("use_flow_sigmas") or ("shift" in config and not has_betas):
+        return "for flow matching (Stable Diffusion 3, Flux and the like)"
+    return "with EDM's noise levels (Playground v2.5 and the like)" if "sigma_data" in config and not has_betas else ""
 
 
 class PCMScheduler(SchedulerMixin, ConfigMixin):
@@ -180,15 +180,10 @@ class PCMScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: the config of a scheduler for flow matching or of EDM, which have other noise schedules.
         """
-        if isinstance(config, dict) and _is_of_flow_matching(config):
+        if isinstance(config, dict) and (other := _other_noise(config)):
             raise ValueError(
-                "This is the config of a scheduler for flow matching (Stable Diffusion 3, Flux and the like). PCMScheduler has "
-                "the noise of Stable Diffusion 1.5, SDXL and AnimateDiff, by which such a model draws nothing."
-            )
-        if isinstance(config, dict) and _is_of_edm(config):
-            raise ValueError(
-                "This is the config of a scheduler with EDM's noise levels (Playground v2.5 and the like). PCMScheduler has "
-                "the noise of Stable Diffusion 1.5, SDXL and AnimateDiff, by which such a model draws nothing."
+                f"This is the config of a scheduler {other}. PCMScheduler has the noise of Stable Diffusion 1.5, SDXL and "
+                "AnimateDiff, by which such a model draws nothing."
             )
         in_memory = isinstance(config, dict) and "_use_default_values" in config
         if isinstance(config, dict):

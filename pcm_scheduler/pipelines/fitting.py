@@ -40,11 +40,16 @@ def local_file(name: str, weight_name: str | None) -> Path:
     return Path(hf_hub_download(name, weight_name))
 
 
+def uncompiled(network: Any) -> Any:
+    """The network itself where `torch.compile` has wrapped it."""
+    return getattr(network, "_orig_mod", network)
+
+
 @contextmanager
 def without_compiler(pipe: Any) -> Iterator[None]:
     """Within it `pipe.unet` is the UNet itself where `torch.compile` has wrapped it, whose names of modules are others."""
     wrapped = pipe.unet
-    pipe.unet = getattr(wrapped, "_orig_mod", wrapped)
+    pipe.unet = uncompiled(wrapped)
     try:
         yield
     finally:

@@ -108,7 +108,7 @@ def _in_diffusers_names(pipe: Any, lora: LoraTensors, path: Path) -> LoraTensors
         raise ValueError(
             f"{path.name} has modules under the original UNet's names that diffusers does not know: {error}"
         ) from error
-    stated = found if original.without_alpha else found.stating_ranks()
+    stated = found if original.without_alpha else found.stating()
     rest = lora.only(lambda name: not is_of_original(name))
     return replace(rest, modules=rest.modules | stated.modules, paths=rest.paths | stated.paths)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..lora_file import AdapterSettings, differing_shapes, read_settings, read_tensors
-from .fitting import fitting_scheduler, local_file
+from .fitting import fitting_scheduler, local_file, uncompiled
 
 
 def load_pcm_unet(pipe: Any, unet: str | Path, weight_name: str | None = None) -> AdapterSettings:
@@ -30,7 +30,7 @@ def load_pcm_unet(pipe: Any, unet: str | Path, weight_name: str | None = None) -
         raise ValueError(f"{path} does not say how it was trained (no pcm.* header): it is no UNet that this project wrote.")
     scheduler = fitting_scheduler(pipe, settings, path.name)
     tensors, _ = read_tensors(path)
-    network = getattr(pipe.unet, "_orig_mod", pipe.unet)  # what torch.compile has wrapped
+    network = uncompiled(pipe.unet)
     different = differing_shapes(network.state_dict(), tensors)
     if different:
         name, (ours, theirs) = next(iter(different.items()))

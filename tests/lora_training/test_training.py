@@ -834,37 +834,31 @@ def test_a_whole_unet_resumes_bit_for_bit_with_its_running_average(pictures, tmp
     assert all(torch.equal(resumed[key], tensor) for key, tensor in straight.items())
 
 
-def test_sigterm_saves_and_exits_with_0(pictures, tmp_path):
+def stopped_in_the_middle(how, pictures, tmp_path):
+    """A long run by this command, asked to stop once it trains; its command's exit status."""
     output = tmp_path / "adapter.safetensors"
-    command = [sys.executable, TRAIN, *shapes_arguments(pictures, output, **{"optimizer.steps": 10000})]
+    command = [sys.executable, *how, str(TRAIN), *shapes_arguments(pictures, output, **{"optimizer.steps": 10000})]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log = ""
     while "loss=" not in log:
         log += process.stderr.read(1)
     process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
+    said, _ = process.communicate(timeout=60)  # until all that write there have ended
     assert "run the same command to go on" in said
     assert list((tmp_path / "adapter.run" / "checkpoints").glob("step-*.safetensors"))
+    return process.returncode
+
+
+def test_sigterm_saves_and_exits_with_0(pictures, tmp_path):
+    assert stopped_in_the_middle([], pictures, tmp_path) == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a process is told of its parent's end on Linux alone")
 def test_a_run_ends_well_when_its_launcher_is_asked_to(pictures, tmp_path):
     """accelerate's launcher of one process hands no signal on; the run would go on beside the one that is started next."""
-    output = tmp_path / "adapter.safetensors"
     how = ["--cpu", "--num_machines", "1", "--num_processes", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *how, str(TRAIN)]
-    command += shapes_arguments(pictures, output, **{"optimizer.steps": 10000})
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    log = ""
-    while "loss=" not in log:
-        log += launcher.stderr.read(1)
-    launcher.send_signal(signal.SIGTERM)
-    said, _ = launcher.communicate(timeout=60)  # until the run, too, has closed what it writes to
-    assert "run the same command to go on" in said
-    assert list((tmp_path / "adapter.run" / "checkpoints").glob("step-*.safetensors"))
+    stopped_in_the_middle(["-m", "accelerate.commands.accelerate_cli", "launch", *how], pictures, tmp_path)
 
 
 @pytest.mark.parametrize(
