@@ -47,8 +47,8 @@ def fast_precision() -> Literal["bfloat16", "float32"]:
 
 def coming_device() -> torch.device:
     """Of what type the device of an `Accelerator` will be; asking accelerate before would settle how processes talk."""
-    found = None if parse_flag_from_env("ACCELERATE_USE_CPU") else torch.accelerator.current_accelerator(check_available=True)
-    return found or torch.device("cpu")
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return (None if on_cpu else torch.accelerator.current_accelerator()) or torch.device("cpu")
 
 
 Precision = TypeVar("Precision", bound=str)

@@ -116,7 +116,7 @@ def draw_sheet(
     rows = tuple((steps, guidance) for guidance in config.guidance_scales for steps in config.steps)
     latents, pictures = [], []
     try:
-        with _whole_pipeline(backbone), _evaluating(backbone.unet):
+        with backbone.alone, _whole_pipeline(backbone), _evaluating(backbone.unet):
             for steps, guidance in rows:
                 call = {"height": height, "width": width, "eta": eta, "num_inference_steps": steps, "guidance_scale": guidance}
                 drawn = [

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -40,6 +41,7 @@ class Backbone(ABC):
     def __init__(self, pipe: Any, prediction_type: str | None = None, beta_schedule: str | None = None):
         self.pipe = pipe
         self.vae, self.unet = pipe.vae, pipe.unet
+        self.alone = Lock()  # a tokenizer may refuse to work in two threads, such as a stream's and validation's
         self._check_family(pipe.unet)
         if beta_schedule is not None:
             own = pipe.scheduler.config

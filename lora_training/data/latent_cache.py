@@ -156,7 +156,8 @@ def encode(
     if not pictures:
         return None, left_out
     frames = [backbone.frame_conditioning(p.original_size, p.crop, size) for p in pictures]
-    told = {name: tensor.half() for name, tensor in backbone.encode_prompts(captions).items()}
+    with backbone.alone:
+        told = {name: tensor.half() for name, tensor in backbone.encode_prompts(captions).items()}
     told |= {name: torch.cat([frame[name] for frame in frames]) for name in frames[0]}
     tensors = _latents(pictures, backbone, config)
     return Example(tensors | {_CONDITIONING + name: tensor.cpu() for name, tensor in told.items()}), left_out
@@ -195,7 +196,8 @@ def _decoded(record: Record, size: Size, config: DataConfig) -> Picture | str:
 
 def empty_conditioning(backbone: Backbone) -> Conditioning:
     """Of the empty prompt, (1, ...), as the cache would keep it."""
-    return {name: tensor.half().cpu() for name, tensor in backbone.empty_conditioning().items()}
+    with backbone.alone:
+        return {name: tensor.half().cpu() for name, tensor in backbone.empty_conditioning().items()}
 
 
 def check_share(left_out: Sequence[str], total: int, config: DataConfig) -> None:
