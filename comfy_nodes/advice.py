@@ -30,14 +30,18 @@ def _texts(prompt: dict[str, Any], link: Any, seen: set[str]) -> Iterator[str]:
 
 
 def negative_prompt(prompt: dict[str, Any] | None, node_id: str | None) -> str:
-    """The text behind the `negative` input of a node; empty if there is none or it cannot be followed.
+    """The text behind the `negative` input of a node; empty if there is none, it is the positive one's too, or it cannot be
+    followed.
 
     Args:
         prompt: the graph as the server has it.
         node_id: of the node.
     """
-    link = (prompt or {}).get(str(node_id), {}).get("inputs", {}).get("negative")
-    return " ".join(_texts(prompt, link, set())).strip() if prompt and isinstance(link, list) else ""
+    inputs = (prompt or {}).get(str(node_id), {}).get("inputs", {})
+    link = inputs.get("negative")
+    if not prompt or not isinstance(link, list) or link == inputs.get("positive"):
+        return ""
+    return " ".join(_texts(prompt, link, set())).strip()
 
 
 def advice(
@@ -67,6 +71,27 @@ def advice(
         said.append("This adapter is in LCM's style and recommends eta 1; eta is 0, so results will be soft.")
     if not editing and eta > 0 and num_phases > 1 and (settings is None or settings.eta == 0):
         said.append(f"eta is {eta:g}: new noise needs x0 from across phases, for which {num_phases} phases were not trained.")
+    return said
+
+
+def fit_advice(sdxl: bool, prediction_type: str | None, settings: AdapterSettings | None) -> list[str]:
+    """Sentences on an adapter of another kind of model.
+
+    Args:
+        sdxl: whether the model is of that family.
+        prediction_type: of the model as it is patched; None: none of those that adapters state.
+        settings: of the adapter, if it is known; those that are guessed say nothing.
+    """
+    said: list[str] = []
+    if settings is None or settings.inferred:
+        return said
+    if sdxl != (settings.base_model == "sdxl"):
+        said.append(f"The settings are of an adapter for {settings.base_model}, and the model is {'' if sdxl else 'not '}SDXL.")
+    if prediction_type is not None and prediction_type != settings.prediction_type:
+        said.append(
+            f"The adapter was trained on a model that predicts {settings.prediction_type}, and this one predicts "
+            f"{prediction_type}: pictures will be wrong. Take the model that it was trained on."
+        )
     return said
 
 

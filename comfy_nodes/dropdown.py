@@ -34,8 +34,8 @@ def schedule(grid: PhaseGrid, model_sampling: Any, steps: int) -> torch.Tensor:
     """
     if steps > grid.num_solver_steps:
         raise ValueError(
-            f"This node asks for a schedule of {steps} steps, its steps divided by its denoise, and the adapter's grid has "
-            f"{grid.num_solver_steps} points. Take fewer steps or more denoise."
+            f"This node asks for a schedule of {steps} steps (its steps divided by its denoise, and one more for dpm_2, "
+            f"uni_pc and such), and the adapter's grid has {grid.num_solver_steps} points. Take fewer steps or more denoise."
         )
     return torch.cat([sigmas_of(table_of(model_sampling), grid, grid.sampling_timesteps(steps)), torch.zeros(1)])
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ..pcm_scheduler.edit_tasks import Edit, draw, size_of
 from ..pcm_scheduler.editing import Codec, invert
+from ..pcm_scheduler.operators import KeepRegion
 from ..pcm_scheduler.phases import PhaseGrid
 from ..pcm_scheduler.sampling import Denoiser, NoiseSampler
 from .sampling import points_of, sigmas_at
@@ -27,9 +28,15 @@ def at_home(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(comfy.model_management.intermediate_device())
 
 
+def to_rgb(image: torch.Tensor) -> torch.Tensor:
+    """IMAGE (N, H, W, C) to (N, H, W, 3) in [0, 1]; grey is repeated, and an alpha channel left out."""
+    colours = image.expand(*image.shape[:-1], 3) if image.shape[-1] == 1 else image[..., :3]
+    return at_home(colours.float().clamp(0, 1))
+
+
 def to_pictures(image: torch.Tensor) -> torch.Tensor:
-    """IMAGE (N, H, W, C) in [0, 1] to (N, 3, H, W) in [-1, 1]; an alpha channel is left out."""
-    return at_home(image[..., :3].movedim(-1, 1).float().clamp(0, 1) * 2 - 1)
+    """IMAGE (N, H, W, C) to (N, 3, H, W) in [-1, 1], as by `to_rgb`."""
+    return to_rgb(image).movedim(-1, 1) * 2 - 1
 
 
 def to_image(pictures: torch.Tensor) -> torch.Tensor:
@@ -41,13 +48,16 @@ def to_image(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def to_mask(mask: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
-    """MASK (1|N, H, W) in [0, 1], 1 where drawn anew, to (1|N, 1, H, W); any number for one picture.
+    """MASK (1|N, H, W), or as latents have it (1|N, 1, H, W), in [0, 1], 1 where drawn anew; any number for one picture.
+
+    Returns:
+        (1|N, 1, H, W).
 
     Raises:
         ValueError: not of the pictures' size, or not one for each.
     """
     mask = mask.float().clamp(0, 1)
-    mask = mask[:, None] if mask.ndim == 3 else mask[None, None]
+    mask = mask.reshape(-1 if mask.numel() else 0, 1, *mask.shape[-2:])
     if mask.shape[-2:] != pictures.shape[-2:]:
         sizes = [f"{x.shape[-1]} x {x.shape[-2]}" for x in (mask, pictures)]
         raise ValueError(
@@ -86,6 +96,7 @@ class Host:
     def __init__(self, model: Any, vae: Any, positive: Any, negative: Any, cfg: float, seed: int):
         self.model, self.vae, self.cfg, self.seed = model, vae, cfg, seed
         self.prompts = (positive, negative)
+        self.finite = True  # whether every x_0 was; an edit may end in a picture that does not show it
         channels = model.get_model_object("latent_format").latent_channels
         if vae.latent_channels != channels or vae.latent_dim != 2:
             raise ValueError(
@@ -131,13 +142,20 @@ class Host:
                 self.model, nothing, self.cfg, _JUMP_TO_X0, level, *self.prompts, latents, disable_pbar=True, seed=self.seed
             )
             x0 = model.process_latent_in(drawn)
+            self.finite &= bool(x0.isfinite().all())
             show(i, x0.to(self.model.load_device), sample, len(sigmas))  # where a preview's own network is
             return x0
 
         return denoise
 
     def draw(
-        self, edit: Edit, grid: PhaseGrid, steps: int, eta: float, noise: torch.Tensor | None = None
+        self,
+        edit: Edit,
+        grid: PhaseGrid,
+        steps: int,
+        eta: float,
+        noise: torch.Tensor | None = None,
+        kept: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, float]:
         """IMAGE with the edit made, and how far it is from what was measured, in grey levels of its 8 bits.
 
@@ -146,6 +164,7 @@ class Host:
             grid: that the adapter was trained on.
             steps, eta: of sampling.
             noise: of unit variance, to start from instead of the seed's.
+            kept: IMAGE of the result's size, whose own values come back where the edit keeps a region: those of 8 bits or not.
 
         Raises:
             ValueError: steps that do not fit, or a model that is not covered.
@@ -157,6 +176,8 @@ class Host:
         codec, denoiser = self.codec(edit.size), self.denoiser(sigmas)
         drawn = draw(edit, denoiser, codec, grid, points, [1.0] * len(levels), levels, noise, eta, self.fresh_noise(noise))
         image = to_image(drawn)
+        if kept is not None and isinstance(edit.operator, KeepRegion):
+            image = torch.where(edit.operator.mask.movedim(1, -1).to(image.device), kept, image)
         return image, edit.operator.residual(to_pictures(image), edit.measurement).max().item() * 127.5
 
     def invert(self, pictures: torch.Tensor, grid: PhaseGrid) -> torch.Tensor:

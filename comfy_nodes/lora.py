@@ -37,11 +37,10 @@ def with_lora(
             ComfyUI would only log those that do not fit.
     """
     config = model.model.model_config
-    others = tuple(kind for kind in FAMILIES.values() if kind is not FAMILIES.get(family or ""))
-    if family in FAMILIES and isinstance(config, others):
+    if family in FAMILIES and not isinstance(config, FAMILIES[family]):
         raise ValueError(f"This adapter is for {family}, and the model is {type(config).__name__}: load the other file.")
     names = comfy.lora.model_lora_keys_unet(model.model, {})
-    named, modules = in_kohyas_names(tensors, header, names)
+    named, modules, silent = in_kohyas_names(tensors, header, names)
     patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(named)), names, log_missing=False)
     weights = model.model.state_dict()
     fitting = [patch for key, patch in patches.items() if fits(key, patch, weights)]
@@ -52,13 +51,19 @@ def with_lora(
         )
     adapted = comfy.sd.load_lora_for_models(model, None, named, strength, 0)[0]
     fitted = sum(isinstance(patch, LoRAAdapter) for patch in fitting)
-    return adapted, [f"{fitted} of {modules} modules fit this model; the others have no effect"] if fitted < modules else []
+    said = [f"{fitted} of {modules} modules fit this model; the others have no effect"] if fitted < modules else []
+    if silent:
+        said.append(
+            f"The file says no alpha of {silent} modules, so that they act with alpha = rank: too strong if the adapter was "
+            "trained with less. If pictures are burnt or black, lower strength_model; alpha 8 of rank 64 is strength 0.125."
+        )
+    return adapted, said
 
 
 def in_kohyas_names(
     tensors: Mapping[str, torch.Tensor], header: Mapping[str, str], names: Mapping[str, Any]
-) -> tuple[dict[str, torch.Tensor], int]:
-    """A file's tensors as ComfyUI maps all of them, and how many modules have LoRA matrices.
+) -> tuple[dict[str, torch.Tensor], int, int]:
+    """A file's tensors as ComfyUI maps all of them, how many modules have LoRA matrices, and of how many nobody says alpha.
 
     Of diffusers' layout ComfyUI maps no attention module but `to_out`, and it does not look for alpha in the header. Of a pair
     of kohya's matrices that lacks one it passes over what is left, or stops at the missing name.
@@ -75,20 +80,21 @@ def in_kohyas_names(
     except ValueError as error:
         if METADATA_KEY in header:
             raise ValueError(f"This file {error}") from error
-        return dict(tensors), 0  # LoHa and others, which ComfyUI may know
+        return dict(tensors), 0, 0  # LoHa and others, which ComfyUI may know
     for name in lora.not_finite():
         raise ValueError(
             f"This file holds numbers that are not finite, in {name}: every picture would be black. Train it again."
         )
     modules = sum({"down", "up"} <= parts.keys() for parts in lora.modules.values())
     known = lora.only(lambda name: f"lora_unet_{name}" in names)
+    silent = len(lora.without_alpha)
     if lora.layouts == ("kohya",):
         _refuse_misfits(known.only(lambda name: len({"down", "up"} & known.modules[name].keys()) == 1))  # the rest may be LoHa
-        return dict(tensors), modules
+        return dict(tensors), modules, silent
     if not known.modules:
-        return dict(tensors), modules
+        return dict(tensors), modules, silent
     _refuse_misfits(lora)
-    return {key: tensors[key] for key in lora.strangers if key in tensors} | to_kohya(lora), modules
+    return {key: tensors[key] for key in lora.strangers if key in tensors} | to_kohya(lora), modules, silent
 
 
 def _refuse_misfits(lora: LoraTensors) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import folder_paths
@@ -39,11 +40,14 @@ def in_words(settings: AdapterSettings, stated: AdapterSettings | None) -> str:
     )
 
 
+ENDINGS = (".safetensors", ".sft")
+
+
 def file_inputs() -> list[Any]:
     return [
         io.Combo.Input(
             "lora_name",
-            options=[name for name in folder_paths.get_filename_list("loras") if name.endswith(".safetensors")],
+            options=[name for name in folder_paths.get_filename_list("loras") if name.lower().endswith(ENDINGS)],
             tooltip="A .safetensors file in models/loras.",
         )
     ]
@@ -88,7 +92,8 @@ def settings_of(lora_name: str, num_phases: int, num_solver_steps: int) -> tuple
         )
     given = {"num_phases": num_phases or None, "num_solver_steps": num_solver_steps or None}
     steps = steps_for(stated, num_phases, num_solver_steps)
-    return path, with_overrides(stated, **given, num_inference_steps=steps), stated
+    settings = with_overrides(stated, **given, num_inference_steps=steps)
+    return path, settings if stated is not None else replace(settings, inferred=True), stated
 
 
 def steps_for(stated: AdapterSettings | None, num_phases: int, num_solver_steps: int) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from comfy_api.latest import io
+from torch.nn import functional as F
 
 from ..pcm_scheduler.edit_tasks import (
     KERNELS,
@@ -24,8 +25,8 @@ from ..pcm_scheduler.edit_tasks import (
 from ..pcm_scheduler.editing import slerp
 from ..pcm_scheduler.operators import Downsample
 from ..pcm_scheduler.phases import PhaseGrid
-from .editing import Host, to_masked_pictures, to_pictures
-from .face import HIDDEN, sampling_advice, say
+from .editing import Host, to_masked_pictures, to_pictures, to_rgb
+from .face import HIDDEN, finite_advice, sampling_advice, say
 from .inputs import (
     CATEGORY,
     PhaseNode,
@@ -120,14 +121,16 @@ class EditNode(PhaseNode):
         num_phases: int = 4,
         num_solver_steps: int = 50,
         noise: torch.Tensor | None = None,
+        kept: torch.Tensor | None = None,
     ) -> io.NodeOutput:
-        """Make an edit, and say on the node how exact it is and what is odd about its inputs."""
+        """Make an edit, and say on the node how exact it is and what is odd about its inputs; noise and kept as `Host.draw`."""
         grid = chosen_grid(settings, num_phases, num_solver_steps)
         if strength is not None:
             task = replace(task, strategy=replace(task.strategy, strength=strength))
         cls.check(task)
-        image, error = Host(model, vae, positive, negative, cfg, seed).draw(task, grid, steps, eta, noise)
-        said = [stops_in_words(grid, steps, task.strength)]
+        host = Host(model, vae, positive, negative, cfg, seed)
+        image, error = host.draw(task, grid, steps, eta, noise, kept)
+        said = [stops_in_words(grid, steps, task.strength), *finite_advice(host.finite)]
         if task.measurement.numel() and not task.measurement_noise:
             said.append(f"what was to stay is off by {error:.2f} grey levels")
         said += sampling_advice(cls, model, grid, cfg, eta, settings, editing=True)
@@ -161,7 +164,7 @@ class PCMInpaint(EditNode):
 
     @classmethod
     def execute(cls, image: torch.Tensor, mask: torch.Tensor, **common: Any) -> io.NodeOutput:
-        return cls.edit(inpainting(*to_masked_pictures(image, mask)), **common)
+        return cls.edit(inpainting(*to_masked_pictures(image, mask)), kept=to_rgb(image), **common)
 
 
 class PCMOutpaint(EditNode):
@@ -178,7 +181,8 @@ class PCMOutpaint(EditNode):
 
     @classmethod
     def execute(cls, image: torch.Tensor, left: int, top: int, right: int, bottom: int, **common: Any) -> io.NodeOutput:
-        return cls.edit(outpainting(to_pictures(image), left, top, right, bottom), **common)
+        kept = F.pad(to_rgb(image), (0, 0, left, right, top, bottom))
+        return cls.edit(outpainting(to_pictures(image), left, top, right, bottom), kept=kept, **common)
 
 
 class PCMColorize(EditNode):

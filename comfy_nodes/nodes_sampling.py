@@ -6,8 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .advice import grid_advice
-from .face import HIDDEN, sampling_advice, say
+from .face import HIDDEN, finite_advice, model_advice, sampling_advice, say
 from .inputs import (
     CATEGORY,
     PhaseNode,
@@ -20,7 +19,7 @@ from .inputs import (
     seed_input,
     steps_input,
 )
-from .sampling import is_sdxl, pcm_sampler, phased_sigmas, sample_latent, stops_in_words
+from .sampling import pcm_sampler, phased_sigmas, sample_latent, stops_in_words
 
 _DENOISE = (
     "1 starts from noise. Less keeps more of the latent: all steps then lie below that part of the schedule, on its edges."
@@ -49,8 +48,8 @@ class PCMScheduler(PhaseNode):
         cls, model: Any, steps: int, denoise: float, settings: Any = None, num_phases: int = 4, num_solver_steps: int = 50
     ) -> io.NodeOutput:
         grid = chosen_grid(settings, num_phases, num_solver_steps)
-        said = [stops_in_words(grid, steps, denoise), *grid_advice(is_sdxl(model), settings, num_solver_steps)]
-        return io.NodeOutput(phased_sigmas(model, grid, steps, denoise), ui=say(cls, *said))
+        sigmas = phased_sigmas(model, grid, steps, denoise)
+        return io.NodeOutput(sigmas, ui=say(cls, stops_in_words(grid, steps, denoise), *model_advice(model, grid, settings)))
 
 
 class PCMSampler(io.ComfyNode):
@@ -112,5 +111,5 @@ class PCMKSampler(PhaseNode):
         grid = chosen_grid(settings, num_phases, num_solver_steps)
         sigmas = phased_sigmas(model, grid, steps, denoise)
         drawn = sample_latent(model, seed, cfg, pcm_sampler(eta), sigmas, positive, negative, latent_image)
-        said = sampling_advice(cls, model, grid, cfg, eta, settings)
+        said = finite_advice(bool(drawn["samples"].isfinite().all())) + sampling_advice(cls, model, grid, cfg, eta, settings)
         return io.NodeOutput(drawn, ui=say(cls, stops_in_words(grid, steps, denoise), *said))

@@ -13,7 +13,7 @@ import torch
 from comfy_api.latest import io, ui
 from PIL import Image, ImageDraw, ImageFont
 
-from .face import HIDDEN, sampling_advice, say
+from .face import HIDDEN, finite_advice, sampling_advice, say
 from .inputs import (
     CATEGORY,
     PhaseNode,
@@ -174,6 +174,7 @@ class PCMStepSheet(PhaseNode):
         # One bar over the whole sheet. No previews: the front-end would show the last of them instead of the sheet.
         bar = comfy.utils.ProgressBar(len(rows) * sum(counts))
         pictures: list[list[torch.Tensor]] = []
+        finite = True
         for row in rows:
             pictures.append([])
             for steps in counts:
@@ -186,10 +187,11 @@ class PCMStepSheet(PhaseNode):
                 drawn = sample_latent(
                     model, seed, cfg, sampler, sigmas, positive, negative, latent, callback=lambda *_: bar.update(1)
                 )
+                finite &= bool(drawn["samples"].isfinite().all())
                 pictures[-1].append(vae.decode(drawn["samples"])[0, ..., :3])
         columns = [f"{steps} step{'s' * (steps > 1)}" for steps in counts]
         sheet = contact_sheet(pictures, [row.name for row in rows], columns)
         every = torch.stack([picture for row in pictures for picture in row])
         said = [f"PCM: {grid.num_phases} phases on {grid.num_solver_steps} points"]
-        said += sampling_advice(cls, model, grid, cfg, eta, settings)
+        said += finite_advice(finite) + sampling_advice(cls, model, grid, cfg, eta, settings)
         return io.NodeOutput(sheet, every, ui=ui.PreviewImage(sheet, cls=cls).as_dict() | say(cls, *said).as_dict())

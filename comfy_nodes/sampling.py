@@ -64,6 +64,16 @@ def is_sdxl(model: Any) -> bool:
     return isinstance(model.model.model_config, comfy.supported_models.SDXL)
 
 
+def prediction_type_of(model: Any) -> str | None:
+    """What a MODEL predicts as it is patched, in diffusers' words; None for what PCM adapters are not trained on."""
+    model_sampling = model.get_model_object("model_sampling")
+    if isinstance(model_sampling, comfy.model_sampling.V_PREDICTION):  # a kind of EPS in ComfyUI
+        return "v_prediction"
+    if isinstance(model_sampling, comfy.model_sampling.X0):
+        return "sample"
+    return "epsilon" if isinstance(model_sampling, comfy.model_sampling.EPS) else None
+
+
 def points_of(grid: PhaseGrid, steps: int, strength: float, name: str) -> tuple[int, ...]:
     """`grid.stops`, with a sentence in a node's own words for steps that do not fit.
 
@@ -163,7 +173,11 @@ def sample_latent(
         model, seed, cfg, sampler, sigmas, positive, negative, latent: of the nodes.
         callback: at each step, in ComfyUI's signature; None: progress and previews.
     """
-    samples: torch.Tensor = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+    # newer than ComfyUI 0.8: how much smaller than a picture an empty latent was made
+    latent = dict(latent)
+    ratio = latent.pop("downscale_ratio_spacial", None)
+    told = () if ratio is None else (ratio,)
+    samples: torch.Tensor = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *told)
     if len(sigmas) == 0:
         return latent | {"samples": samples}
     drawn = comfy.sample.sample_custom(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import sys
 from collections.abc import Iterator
@@ -49,6 +50,25 @@ def test_a_cfg_that_diffusers_reads_as_none_is_recommended_as_1(words: ModuleTyp
     unguided = AdapterSettings("sd15", (0, 239, 499, 739, 999), 50, guidance_scale=0.0)
     (said,) = words.advice(7.0, 0.0, unguided, 4, "")
     assert "recommends 1; try 1 to 2" in said
+
+
+def test_an_adapter_of_another_kind_of_model_is_pointed_out(words: ModuleType) -> None:
+    (said,) = words.fit_advice(False, "v_prediction", SMALLCFG)
+    assert "predicts epsilon, and this one predicts v_prediction" in said
+    (said,) = words.fit_advice(True, "epsilon", SMALLCFG)
+    assert "for sd15, and the model is SDXL" in said
+    assert words.fit_advice(False, "epsilon", SMALLCFG) == words.fit_advice(False, None, SMALLCFG) == []
+    video = dataclasses.replace(SMALLCFG, base_model="animatediff")
+    assert words.fit_advice(False, "epsilon", video) == []
+    guessed = dataclasses.replace(SMALLCFG, inferred=True)
+    assert words.fit_advice(True, "v_prediction", guessed) == words.fit_advice(True, "v_prediction", None) == []
+
+
+def test_one_text_for_both_prompts_is_no_negative_prompt(words: ModuleType) -> None:
+    graph = {"1": {"class_type": "CLIPTextEncode", "inputs": {"text": "a cat"}}}
+    for positive, found in ((["1", 0], ""), (["2", 0], "a cat")):
+        graph["7"] = {"class_type": "PCMKSampler", "inputs": {"positive": positive, "negative": ["1", 0]}}
+        assert words.negative_prompt(graph, "7") == found
 
 
 def test_the_grid_of_sd15_on_sdxl_is_pointed_out(words: ModuleType) -> None:

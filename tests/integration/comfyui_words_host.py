@@ -16,6 +16,7 @@ from comfyui_tiny import CONFIG, load_our_nodes, start, tiny_lora, tiny_model, t
 PACK, COMFYUI, LORAS = (Path(argument) for argument in sys.argv[1:4])
 start(COMFYUI)
 
+import comfy.model_sampling
 import comfy.supported_models
 import folder_paths
 import torch
@@ -78,9 +79,11 @@ write("old", old, stated)
 write("loha", loha, HEADER)
 write("wide", wide, HEADER)
 write("other_shapes", {key: tensor for key, tensor in wide.items() if "attn2_to_k" in key}, HEADER)
+broken = "unet.mid_block.attentions.0.proj_in.lora_B.weight"
+write("not_finite", diffusers | {broken: torch.full_like(diffusers[broken], torch.nan)}, stated)
 write("garbled", diffusers, HEADER | {layouts.METADATA_KEY: "{"})
-lost = "unet.mid_block.attentions.0.proj_in.lora_B.weight"
-write("half", {key: tensor for key, tensor in diffusers.items() if key != lost}, stated)
+write("half", {key: tensor for key, tensor in diffusers.items() if key != broken}, stated)
+write("no_alpha", {key: tensor for key, tensor in kohya.items() if not key.endswith("alpha")}, HEADER)
 for side in ("down", "up"):
     lost = f"lora_unet_mid_block_attentions_0_proj_in.lora_{side}.weight"
     write(f"no_{side}", {key: tensor for key, tensor in kohya.items() if key != lost}, HEADER)
@@ -94,7 +97,7 @@ def loaded(name, num_phases=0, num_solver_steps=0):
 
 
 names = ("kohya", "silent", "unguided", "diffusers", "old", "loha", "wide", "other_shapes", "garbled", "half")
-names += ("no_down", "no_up")
+names += ("no_down", "no_up", "not_finite", "no_alpha")
 found = {"modules": len(kohya) // 3, "wide_modules": sum("attn2_to_k.alpha" in key for key in wide)}
 found["loaded"] = {name: attempt(loaded, name, 4 if name == "silent" else 0) for name in names}
 plain = ours["PCMKSampler"].execute(model, 1, 4, 1.0, 0.0, positive, negative, empty, 1.0)[0]["samples"]
@@ -165,6 +168,14 @@ sharp = torch.ones(1, 32, 32, 3)
 sharp[:, 10:20, ::2] = 0
 small = {kernel: attempt(shape_of, "PCMSuperResolve", image=sharp, factor=4, kernel=kernel) for kernel in ("mean", "antialias")}
 smooth = torch.linspace(0.2, 0.8, 32).expand(1, 32, 32)[..., None].expand(-1, -1, -1, 3)
+decoded = torch.rand(1, 64, 96, 3, generator=drawn)  # not of 8 bits
+hole = masks(1)
+returned = attempt(lambda: ours["PCMInpaint"].execute(image=decoded, mask=hole, **COMMON)[0])
+found["decoded"] = returned if isinstance(returned, str) else (returned - decoded).abs().amax(-1)[hole == 0].max().item()
+wider = attempt(lambda: ours["PCMOutpaint"].execute(image=decoded, left=8, top=0, right=0, bottom=0, **COMMON)[0])
+found["outpainted"] = wider if isinstance(wider, str) else (wider[:, :, 8:] - decoded).abs().max().item()
+found["as_latents_have_it"] = attempt(shape_of, "PCMInpaint", image=images(1), mask=masks(1)[None])
+found["grey"] = attempt(shape_of, "PCMColorize", image=images(1)[..., :1])
 found["sharp"], found["smooth"] = small, attempt(shape_of, "PCMSuperResolve", image=smooth, factor=4, kernel="antialias")
 
 
@@ -189,6 +200,25 @@ xl.model.model_config = comfy.supported_models.SDXL(CONFIG)
 found["xl"] = {points: on_faces(xl, 1.0, num_solver_steps=points) for points in (50, 40)}
 known = lora_file.AdapterSettings("sdxl", (0, 239, 499, 739, 999), 50)
 found["xl"]["settings"] = on_faces(xl, 1.0, settings=known)
+stated = lora_file.AdapterSettings("sd15", (0, 239, 499, 739, 999), 50)
+found["xl"]["other_family"] = on_faces(xl, 1.0, settings=stated)
+
+
+class Velocity(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.V_PREDICTION):
+    pass
+
+
+velocity = model.clone()
+velocity.add_object_patch("model_sampling", Velocity(model.model.model_config))
+found["velocity"] = {"stated": on_faces(velocity, 1.0, settings=stated), "silent": on_faces(velocity, 1.0)}
+sd2 = tiny_model()
+sd2.model.model_config = comfy.supported_models.SD20(CONFIG)
+found["sd2"] = attempt(ours["PCMLoraLoader"].execute, sd2, "kohya.safetensors", 1.0, 0, 0)
+torn = model.clone()
+torn.set_model_unet_function_wrapper(
+    lambda network, given: network(given["input"], given["timestep"], **given["c"]) * torch.nan
+)
+found["torn"] = [attempt(on_faces, torn, 1.0) for _ in range(2)]
 found["cfg"] = {cfg: on_faces(model, cfg)[1:] for cfg in (0.0, 1.0)}
 
 

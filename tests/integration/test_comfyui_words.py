@@ -60,6 +60,7 @@ def test_what_comfyui_alone_knows_is_loaded_as_it_loads_it(found):
     [
         ("other_shapes", "Nothing in this file fits the model, which is SD15"),
         ("garbled", "This file has lora_adapter_metadata in its header that cannot be read"),
+        ("not_finite", "This file holds numbers that are not finite, in mid_block_attentions_0_proj_in"),
         ("half", "This file is not whole: mid_block_attentions_0_proj_in has only one of its two matrices"),
         ("no_down", "This file is not whole: mid_block_attentions_0_proj_in has only one of its two matrices"),
         ("no_up", "This file is not whole: mid_block_attentions_0_proj_in has only one of its two matrices"),
@@ -110,6 +111,15 @@ def test_frames_in_which_nothing_is_masked_come_back_as_they_were(found):
     assert "All 3 masks are black everywhere" in found["all_black"]
 
 
+def test_pixels_that_are_kept_are_the_pictures_own_of_8_bits_or_not(found):
+    """Saving cuts off what is behind the point: a pixel that was rounded to 8 bits would often be another in the file."""
+    assert found["decoded"] == found["outpainted"] == 0
+
+
+def test_masks_of_latents_and_grey_pictures_are_taken(found):
+    assert found["as_latents_have_it"] == found["grey"] == [1, 64, 96, 3]
+
+
 def test_a_picture_that_no_bicubic_filter_makes_is_refused_with_a_way_out(found):
     assert found["sharp"]["antialias"] == (
         "ValueError: This picture is sharper than a bicubic kernel leaves one: set kernel to mean."
@@ -120,6 +130,25 @@ def test_a_picture_that_no_bicubic_filter_makes_is_refused_with_a_way_out(found)
 def test_the_grid_of_sd15_on_sdxl_is_pointed_out(found):
     assert all("num_solver_steps is 50, which is for SD1.5" in text for text in found["xl"]["50"])
     assert not any("num_solver_steps" in text for text in found["xl"]["40"] + found["xl"]["settings"])
+
+
+def test_an_adapter_of_another_kind_of_model_is_pointed_out(found):
+    assert all("of an adapter for sd15, and the model is SDXL" in text for text in found["xl"]["other_family"])
+    assert all("predicts epsilon, and this one predicts v_prediction" in text for text in found["velocity"]["stated"])
+    assert not any("predicts" in text for text in found["velocity"]["silent"])
+    assert found["sd2"].startswith("ValueError: This adapter is for sd15, and the model is SD20")
+
+
+def test_an_adapter_without_alpha_is_pointed_out(found):
+    assert f"says no alpha of {found['modules']} modules" in found["loaded"]["no_alpha"]["text"]
+    assert "no alpha" not in found["loaded"]["kohya"]["text"]
+
+
+def test_a_run_that_is_not_finite_says_so_every_time(found):
+    for scheduler, *drawing in found["torn"]:
+        assert "not finite" not in scheduler
+        assert all("gave numbers that are not finite" in text for text in drawing)
+    assert not any("not finite" in text for text in found["cfg"]["1.0"])
 
 
 def test_words_go_to_the_client_that_asked(found):
