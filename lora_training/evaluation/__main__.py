@@ -11,6 +11,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from ..files import CannotWrite
 from ..settings_parser import SettingsParser
 from .config import EvaluationConfig
@@ -46,6 +48,8 @@ def main() -> None:
         report = evaluation.run()
         if report is not None:
             print(write_report(evaluation, report).read_text(encoding="utf-8"))
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"evaluation: memory is short: choose a smaller batch_size; what is drawn is kept. {error}")
     except (ValueError, OSError, CannotWrite) as error:
         sys.exit(f"evaluation: {error}")
 

@@ -65,7 +65,8 @@ class GuidanceConfig:
 class OdeConfig:
     """How far adapters leave their teacher's ODE.
 
-    Of methods with an adapter, a `pcm` scheduler at the grid's own times, and no new noise.
+    Of methods with an adapter, a `pcm` scheduler at the grid's own times, and no new noise. Adapters whose file does not state
+    the guidance of the ODE that they were trained on, as those published with the paper, are left out.
 
     Attributes:
         count: prompts, the first of all; 0: not measured.
@@ -80,19 +81,22 @@ class OdeConfig:
 
 @dataclass
 class NegativeConfig:
-    """How methods answer a negative prompt.
+    """How methods answer a negative prompt: in what share of pictures the thing that it names is.
 
     Attributes:
         pairs: a `.jsonl` file with a `prompt`, and under `thing` what the negative prompt names; empty: not measured.
         methods: their names; none: all.
         guidance_scale: g, above 1.
         steps: of sampling.
+        threshold: a thing is in a picture where the judge's score of its name is above this. None: 0.5, for a `factory` whose
+            judge says 1 or 0; other judges have scores of any size, and need one.
     """
 
     pairs: str = ""
     methods: tuple[str, ...] = ()
     guidance_scale: float = 4.0
     steps: int = 4
+    threshold: float | None = None
 
 
 @dataclass
@@ -243,6 +247,10 @@ class EvaluationConfig:
             for name, value in (("count", self.guidance.count), ("steps", self.guidance.steps)):
                 if value < 1:
                     raise ValueError(f"guidance.{name} must be positive; got {value}.")
+            if min(self.guidance.scales) < 1:
+                raise ValueError(
+                    f"guidance.scales must be 1 or more: pipelines draw below it as at 1; got {min(self.guidance.scales):g}."
+                )
         if self.negative.pairs and self.negative.guidance_scale <= 1:
             raise ValueError(
                 "negative.guidance_scale must be above 1, without which a negative prompt does nothing; got "
@@ -250,6 +258,14 @@ class EvaluationConfig:
             )
         if self.negative.pairs and self.negative.steps < 1:
             raise ValueError(f"negative.steps must be positive; got {self.negative.steps}.")
+        judge = self.alignment.kind if self.alignment else "factory"
+        if self.negative.pairs and judge == "aesthetic":
+            raise ValueError("negative.pairs needs a judge that reads: alignment.kind aesthetic sees no text.")
+        if self.negative.pairs and judge != "factory" and self.negative.threshold is None:
+            raise ValueError(
+                f"negative.threshold: say above which score of {judge} a thing is in a picture, which depends on the weights: "
+                "try halfway between scores of pictures with it and without it."
+            )
 
     def _check_clips(self) -> None:
         self.model.check()

@@ -9,13 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
+
+from pcm_scheduler.lora_file import read_settings
 
 from ..config import chosen
 from ..files import replaced
@@ -110,6 +112,9 @@ def folder_of(root: Path, method: MethodConfig, steps: int, setting: object) -> 
     digest = hashlib.sha256(json.dumps([told, setting], sort_keys=True, default=str).encode())
     if method.adapter:
         digest.update(Path(method.adapter).read_bytes())
+        settings = read_settings(method.adapter)
+        if settings is not None and settings.inferred:  # from its name
+            digest.update(json.dumps(asdict(settings), sort_keys=True).encode())
     return root / method.name / f"{steps}-steps-{digest.hexdigest()[:12]}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from diffusers import (
 )
 
 from pcm_scheduler import load_pcm_lora
-from pcm_scheduler.lora_file import AdapterSettings
+from pcm_scheduler.lora_file import AdapterSettings, read_settings
 from pcm_scheduler.phases import PhaseGrid
 from pcm_scheduler.scheduling_pcm import PCMScheduler
 
@@ -33,18 +34,20 @@ class Rival:
     Attributes:
         scheduler: its class.
         options: beside the model's own schedule.
-        eta: that pipelines pass to it.
+        eta: that pipelines pass to it; None: it has none.
     """
 
     scheduler: Any
     options: dict[str, Any]
-    eta: float = 0.0
+    eta: float | None = None
 
 
 _BETAS = ("beta_schedule", "beta_start", "beta_end", "trained_betas")
+# Of a model's own scheduler what says which noise it was trained on; the rest, such as Karras's sigmas, is how one samples.
+_MODEL = (*_BETAS, "num_train_timesteps", "prediction_type", "rescale_betas_zero_snr", "set_alpha_to_one", "steps_offset")
 _TRAILING = {"timestep_spacing": "trailing"}  # from the top of the schedule: with few steps the others never see pure noise
 RIVALS = {
-    "ddim": Rival(DDIMScheduler, _TRAILING | {"clip_sample": False, "set_alpha_to_one": False}),
+    "ddim": Rival(DDIMScheduler, _TRAILING | {"clip_sample": False, "set_alpha_to_one": False}, eta=0.0),
     "dpmpp": Rival(DPMSolverMultistepScheduler, _TRAILING),
     "unipc": Rival(UniPCMultistepScheduler, _TRAILING),
     "euler": Rival(EulerDiscreteScheduler, _TRAILING),
@@ -64,6 +67,8 @@ class MethodConfig:
         steps: numbers of sampling steps.
         guidance_scale: g; None: what the adapter recommends, 1 without one.
         eta: of the scheduler; None: what the adapter recommends with `pcm`, and otherwise what the scheduler is known for.
+        num_phases, num_solver_steps: of an adapter whose file does not say; 0: it does. With other schedulers than `pcm`, which
+            know no phases, neither is needed.
         timesteps: where `pcm` stops instead of at the grid's own, such as `python -m lora_training.evaluation.search` finds;
             `steps` is their number. Where other numbers of steps are measured, such as for guidance, those keep the grid's own.
     """
@@ -74,6 +79,8 @@ class MethodConfig:
     steps: tuple[int, ...] = (1, 2, 4, 8, 16)
     guidance_scale: float | None = None
     eta: float | None = None
+    num_phases: int = 0
+    num_solver_steps: int = 0
     timesteps: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -86,6 +93,12 @@ class MethodConfig:
             raise ValueError(f"Method {self.name}: there is no file {self.adapter}.")
         if not self.steps or min(self.steps) < 1:
             raise ValueError(f"Method {self.name}: steps are whole numbers from 1; got {self.steps}.")
+        if self.eta and self.scheduler in RIVALS and RIVALS[self.scheduler].eta is None:
+            known = ", ".join(["pcm", *(name for name, rival in RIVALS.items() if rival.eta is not None)])
+            raise ValueError(f"Method {self.name}: the scheduler {self.scheduler} has no eta; {known} have. Leave it out.")
+        for given in ("num_phases", "num_solver_steps"):
+            if getattr(self, given) < 0 or (getattr(self, given) and not self.adapter):
+                raise ValueError(f"Method {self.name}: {given} is of an adapter, from 1 on; got {getattr(self, given)}.")
         if self.timesteps and self.scheduler != "pcm":
             raise ValueError(f"Method {self.name}: timesteps are for the scheduler pcm, and this one has {self.scheduler}.")
         if self.timesteps and self.steps != (len(self.timesteps),):
@@ -121,33 +134,50 @@ class Gallery:
         self._schedulers: dict[str, Any] = {}
         self._guidance: dict[str, float] = {}
         self._eta: dict[str, float] = {}
-        loaded: dict[str, tuple[str, Any, PCMScheduler]] = {}
+        # by file and what is said of it, for two methods may say different phases
+        loaded: dict[tuple[str, int, int], tuple[str, AdapterSettings, PCMScheduler]] = {}
         for number, method in enumerate(methods):
             settings = None
+            config = {key: own.config[key] for key in _MODEL if key in own.config}
             if method.adapter:
-                if method.adapter not in loaded:
+                told = (method.adapter, method.num_phases, method.num_solver_steps)
+                if told not in loaded:
                     name = f"adapter{number}"
                     pipe.scheduler = own  # not on the betas of the adapter before
-                    settings = load_pcm_lora(pipe, method.adapter, adapter_name=name)
-                    loaded[method.adapter] = (name, settings, pipe.scheduler)
-                self._adapters[method.name], settings, _ = loaded[method.adapter]
-                self.settings[method.name] = settings
-            config = dict(own.config)
-            if method.adapter:
-                config |= {name: loaded[method.adapter][2].config[name] for name in _BETAS}
+                    loaded[told] = (name, self._load(method, name), pipe.scheduler)
+                self._adapters[method.name], settings, on_phases = loaded[told]
+                if method.scheduler == "pcm" or not _is_silent(method):
+                    self.settings[method.name] = settings
+                else:
+                    settings = None
+                config |= {name: on_phases.config[name] for name in _BETAS}
             if method.scheduler == "pcm":
-                self._schedulers[method.name] = (
-                    loaded[method.adapter][2] if method.adapter else PCMScheduler.from_config(config, num_phases=1)
-                )
+                self._schedulers[method.name] = on_phases if method.adapter else PCMScheduler.from_config(config, num_phases=1)
                 if method.timesteps:
                     self.use_timesteps(method.name, method.timesteps)
                 eta = settings.eta if settings else 0.0
             else:
                 rival = RIVALS[method.scheduler]
                 self._schedulers[method.name] = rival.scheduler.from_config(config, **rival.options)
-                eta = rival.eta
+                eta = rival.eta or 0.0
             self._guidance[method.name] = _first(method.guidance_scale, settings.guidance_scale if settings else 1.0)
             self._eta[method.name] = _first(method.eta, eta)
+
+    def _load(self, method: MethodConfig, name: str) -> AdapterSettings:
+        """Put a method's adapter into the pipeline, and the scheduler of its phases.
+
+        Raises:
+            ValueError: it does not fit, or its phases are said nowhere.
+        """
+        num_phases, num_solver_steps = method.num_phases or None, method.num_solver_steps or None
+        if method.scheduler != "pcm" and _is_silent(method):
+            num_phases, num_solver_steps = 1, None  # which nothing is drawn with
+        try:
+            return load_pcm_lora(
+                self.pipe, method.adapter, adapter_name=name, num_phases=num_phases, num_solver_steps=num_solver_steps
+            )
+        except ValueError as error:
+            raise ValueError(f"Method {method.name}: {error}") from error
 
     def noise(self, indices: Sequence[int], size: tuple[int, int], seed: int) -> torch.Tensor:
         """Initial latents of pictures by their number, the same for every method, batch and process.
@@ -186,6 +216,22 @@ class Gallery:
     def guidance_scale(self, name: str) -> float:
         """Of a method."""
         return self._guidance[name]
+
+    def eta(self, name: str) -> float:
+        """Of a method."""
+        return self._eta[name]
+
+    def check_steps(self, name: str, steps: Sequence[int]) -> None:
+        """Refuse numbers of steps that a method's scheduler does not have.
+
+        Raises:
+            ValueError: the method, the number, and what its scheduler says.
+        """
+        for k in steps:
+            try:
+                copy.deepcopy(self._schedulers[name]).set_timesteps(k)
+            except ValueError as error:
+                raise ValueError(f"Method {name} cannot be sampled in {k} steps: {error}") from error
 
     @torch.no_grad()
     def draw(
@@ -241,6 +287,11 @@ class Gallery:
                 f"fp32 (the UNet is {self.pipe.unet.dtype} now); else the adapter or the model is broken."
             )
         return found
+
+
+def _is_silent(method: MethodConfig) -> bool:
+    """Whether nobody says which phases its adapter was trained for."""
+    return not method.num_phases and read_settings(method.adapter) is None
 
 
 def _first(chosen: float | None, otherwise: float) -> float:

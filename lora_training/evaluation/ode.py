@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from pcm_scheduler.lora_file import read_settings
 from pcm_scheduler.phases import PhaseGrid
 
 from ..backbones import FAMILIES, Backbone
@@ -14,7 +15,7 @@ from ..backbones.conditioning import expanded
 from ..config import DTYPES
 from ..teacher import Levels, Prediction, guided_prediction, levels_of
 from .config import EvaluationConfig
-from .methods import Gallery
+from .methods import Gallery, MethodConfig
 from .trajectory import END, States, ode_errors, student_states, teacher_states
 
 
@@ -26,17 +27,41 @@ def ode_rows(
     Means over prompts, of x_t's elements, whose variance is about 1. Adapters that are sampled with new noise have one in a
     single step alone. The ODE is that of the betas which an adapter's file states, as in drawing.
     """
-    asked, measured = config.ode, _measured(gallery, config)
-    names = list(measured)
-    if not names:
+    measured = _measured(gallery, config)
+    if not measured:
         return []
+    found: dict[tuple[str, int], list[dict[int, torch.Tensor]]] = {}
+    count = min(config.ode.count, len(prompts))
+    for start in range(0, count, config.batch_size):
+        numbers = range(start, min(start + config.batch_size, count))
+        for case, errors in _batch_errors(gallery, config, measured, prompts, numbers, seed, device):
+            found.setdefault(case, []).append(errors)
+    rows = []
+    for (name, steps), batches in found.items():
+        means = {timestep: torch.cat([batch[timestep] for batch in batches]).mean().item() for timestep in batches[0]}
+        row: dict[str, Any] = {"method": name, "steps": steps, "ode_error": means.pop(END)}
+        rows.append(row | {f"at {timestep}": error for timestep, error in means.items()})
+    return rows
+
+
+def _batch_errors(
+    gallery: Gallery,
+    config: EvaluationConfig,
+    measured: Mapping[str, Sequence[int]],
+    prompts: Sequence[str],
+    numbers: Sequence[int],
+    seed: int,
+    device: torch.device,
+) -> Iterator[tuple[tuple[str, int], dict[int, torch.Tensor]]]:
+    """Of each method at each number of steps, the errors of a few prompts, by their number: (N,) by timestep."""
+    names = list(measured)
     family = FAMILIES[config.model.family]
     backbone = family(gallery.pipe)
-    texts = prompts[: asked.count]
+    texts = [prompts[i] for i in numbers]
     conditioning = backbone.encode_prompts(texts)
     frame = expanded(backbone.frame_conditioning(config.size, (0, 0), config.size), len(texts))
     conditioning, empty = conditioning | frame, expanded(backbone.empty_conditioning(), len(texts))
-    noise = gallery.noise(range(len(texts)), config.size, seed).to(device)
+    noise = gallery.noise(numbers, config.size, seed).to(device)
 
     def predicting(backbone: Backbone, levels: Levels, guidance_scale: float) -> Prediction:
         """Of the network as it is now."""
@@ -48,12 +73,11 @@ def ode_rows(
 
         return cast
 
-    fine = _fine_grid(gallery, names, asked.solver_steps)
+    fine = _fine_grid(gallery, names, config.ode.solver_steps)
     solved: dict[tuple[float, ...], States] = {}
-    rows = []
     for name in names:
         settings = gallery.settings[name]
-        grid, sampled = settings.grid, gallery.guidance_scale(name)
+        grid, sampled = settings.grid, max(1.0, gallery.guidance_scale(name))  # below 1 pipelines draw without guidance
         # of an unguided teacher guidance is left to sampling, and the ODE to follow is the one guided so
         guidance_scale = sampled if settings.training_guidance_scale == 1 else settings.training_guidance_scale
         gallery.put_in_place(name)
@@ -67,10 +91,7 @@ def ode_rows(
         levels = levels_of(backbone, grid)
         predict = predicting(backbone, levels, sampled)
         for steps in measured[name]:
-            errors = ode_errors(student_states(predict, levels, noise, grid, steps), solved[ode])
-            row: dict[str, Any] = {"method": name, "steps": steps, "ode_error": errors.pop(END).mean().item()}
-            rows.append(row | {f"at {timestep}": error.mean().item() for timestep, error in errors.items()})
-    return rows
+            yield (name, steps), ode_errors(student_states(predict, levels, noise, grid, steps), solved[ode])
 
 
 def _measured(gallery: Gallery, config: EvaluationConfig) -> dict[str, list[int]]:
@@ -83,10 +104,17 @@ def _measured(gallery: Gallery, config: EvaluationConfig) -> dict[str, list[int]
         if method.name in gallery.settings
         and method.scheduler == "pcm"
         and not method.timesteps  # it measures numbers of steps, which stop at the grid's own
+        and _states_its_ode(method)
     ]
     # an adapter that is sampled with new noise leaves the ODE by that noise, if not in a single step
-    found = {name: [k for k in config.ode.steps if k == 1 or gallery.settings[name].eta == 0] for name in names}
+    found = {name: [k for k in config.ode.steps if k == 1 or gallery.eta(name) == 0] for name in names}
     return {name: steps for name, steps in found.items() if steps}
+
+
+def _states_its_ode(method: MethodConfig) -> bool:
+    """Whether its adapter's file says the guidance of the ODE that it was trained on; a number of phases does not."""
+    settings = read_settings(method.adapter)
+    return settings is not None and not settings.inferred
 
 
 def _fine_grid(gallery: Gallery, names: Sequence[str], solver_steps: int) -> PhaseGrid:

@@ -58,11 +58,12 @@ def read_pairs(path: str) -> list[tuple[str, str]]:
 
 
 def _found_in(file: Path) -> list[str]:
-    if file.suffix == ".txt":
-        return [line.strip() for line in read_text(file).splitlines() if line.strip()]
-    if file.suffix == ".jsonl":
+    suffix = file.suffix.lower()
+    if suffix == ".txt":  # at ends of lines alone: other separators of Unicode may be within a prompt
+        return [line.strip() for line in read_text(file).replace("\r\n", "\n").replace("\r", "\n").split("\n") if line.strip()]
+    if suffix == ".jsonl":
         return [_prompt_of(row, where) for where, row in json_lines(file)]
-    if file.suffix != ".json":
+    if suffix != ".json":
         raise ValueError(f"{file} must be .txt, .jsonl or .json.")
     content = json_in(read_text(file), file)
     if isinstance(content, list):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ SECTIONS = {
 def write_report(evaluation: Evaluation, report: dict[str, Any]) -> Path:
     """`report.json`, `report.md` and the pictures in it; returns the Markdown file."""
     root = evaluation.root
-    write_text(root / "report.json", json.dumps(report, indent=1) + "\n")  # first: whatever comes of pictures, figures are kept
+    evaluation.keep(report)  # first: whatever comes of pictures, figures are kept
     shown = plot(report["rows"], root)
     if evaluation.config.shown:
         shown.append(picture_grid(evaluation, root / "pictures.png"))

@@ -7,22 +7,24 @@ import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import convert_outputs_to_fp32
+from accelerate.utils import InitProcessGroupKwargs, convert_outputs_to_fp32
 from tqdm import tqdm
 
 from ..backbones import load_backbone
-from ..config import DataConfig, ModelConfig, chosen
+from ..config import DataConfig, chosen
 from ..cpu import precision_here
 from ..data.clips import load_clip
 from ..data.pictures import load_picture
 from ..data.sources import SUFFIXES, Record, clips_in
 from ..distances import load_lpips
+from ..files import write_text
 from .alignment import Scorer, load_scorer, mean_score
 from .config import EvaluationConfig, PairConfig
 from .distribution import Moments, frechet_distance, kernel_distance, precision_recall
@@ -52,11 +54,14 @@ class Evaluation:
     """
 
     def __init__(self, config: EvaluationConfig):
-        self.accelerator = Accelerator()
+        # processes that have drawn their part wait for the others, and the main one measures alone
+        self.accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))])
         device = self.accelerator.device
         config = replace(config, precision=precision_here(config.precision, device))
         self.config, self.root, clips = config, Path(config.output), config.clips
         self.prompts = read_prompts(config.prompts, config.count)
+        if len(self.prompts) == 1 and (config.features or (clips and clips.features)):
+            raise ValueError(f"prompts: {config.prompts} has 1, and distances need more: leave features out.")
         self.pairs = read_pairs(config.negative.pairs) if config.negative.pairs else []
         if config.reference.folder:
             self._reference_files()
@@ -83,7 +88,27 @@ class Evaluation:
         self.methods = list(config.methods)
         self.gallery = Gallery(pipe, [*self.methods, config.reference.method], clips.frames if clips else 0)
         check_ode(self.gallery, config)
+        self._check_steps()
+        self._check_things()
         self.figures = self._figures(motion, flow)
+
+    def _check_steps(self) -> None:
+        """Refuse numbers of steps that a method does not have, before anything is drawn."""
+        config = self.config
+        for method in [*self.methods, config.reference.method]:
+            self.gallery.check_steps(method.name, method.steps)
+        parts = ((config.guidance, bool(config.guidance.scales)), (config.negative, bool(self.pairs)))
+        for part, asked in parts:
+            for name in (part.methods or [method.name for method in self.methods]) if asked else ():
+                self.gallery.check_steps(name, (part.steps,))
+
+    def _check_things(self) -> None:
+        """Refuse what negative prompts name if the judge does not know it: of a blank picture it says so before drawing."""
+        things = sorted({thing for _, thing in self.pairs})
+        if self.scorer is not None:
+            for batch in self._batches(things):
+                frames = (self.config.clips.frames,) if self.config.clips else ()
+                self.scorer(torch.zeros(len(batch), *frames, 3, *self.config.size), batch)
 
     def _figures(self, motion: Scorer | None, flow: Flow | None) -> dict[str, Figure]:
         """What is read off a method's own pictures, by the names of `METRICS`."""
@@ -142,7 +167,8 @@ class Evaluation:
         folder, clips = Path(self.config.reference.folder), self.config.clips
         if not folder.is_dir():
             raise FileNotFoundError(f"reference.folder: there is no folder {folder}.")
-        pictures = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+        named = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+        pictures = (path for path in named if path.is_file() and not path.name.startswith("."))  # such as what macOS leaves
         files = clips_in(folder) if clips else sorted(pictures)
         if len(files) < 2:
             raise ValueError(f"reference.folder: {folder} has {len(files)} {'clips' if clips else 'pictures'}.")
@@ -195,6 +221,8 @@ class Evaluation:
 
     def consistency(self) -> list[Row]:
         """Between the fewest steps and the most of every method, and between the pairs that are asked for."""
+        if self.similarity is None and self.lpips is None:
+            return []
         ends = [PairConfig(m.name, m.name, (min(m.steps), max(m.steps))) for m in self.methods if len(m.steps) > 1]
         return over_seeds([[self._alike(pair, seed) for pair in (*ends, *self.config.pairs)] for seed in self.config.seeds])
 
@@ -237,13 +265,15 @@ class Evaluation:
         pairs = self.pairs
         batches = self._batches(pairs)
         told = {"steps": asked.steps, "guidance_scale": asked.guidance_scale}
+        threshold = 0.5 if asked.threshold is None else asked.threshold
 
         def rows(seed: int) -> Iterator[Row]:
             for name in tqdm(
                 asked.methods or [method.name for method in self.methods], desc=f"negative prompts, seed {seed}", unit="method"
             ):
                 draw = self._drawing(name, asked.steps, len(pairs), seed, times=2)  # each batch twice, from the same noise
-                yield {"method": name} | told | negative_prompt_response(draw, scorer, batches, asked.guidance_scale)._asdict()
+                found = negative_prompt_response(draw, scorer, batches, asked.guidance_scale, threshold)
+                yield {"method": name} | told | found._asdict()
 
         return over_seeds([list(rows(seed)) for seed in self.config.seeds])
 
@@ -278,20 +308,33 @@ class Evaluation:
         self.draw()
         if not self.accelerator.is_main_process:
             return None
-        return {
+        report: dict[str, Any] = {
             "title": self.config.title,
             "config": json.loads(json.dumps(asdict(self.config), default=str)),
             "pictures": len(self.prompts),
             "seeds": list(self.config.seeds),
-            "reference": self.reference_row(),
-            "rows": self.measure(),
-            "consistency": self.consistency(),
-            "guidance": self.guidance(),
-            "negative": self.negative(),
-            "ode": over_seeds(
-                [ode_rows(self.gallery, self.config, self.prompts, seed, self.accelerator.device) for seed in self.config.seeds]
-            ),
         }
+        sections = {
+            "reference": self.reference_row,
+            "rows": self.measure,
+            "consistency": self.consistency,
+            "guidance": self.guidance,
+            "negative": self.negative,
+            "ode": self.ode,
+        }
+        for name, measured in sections.items():
+            report[name] = measured()
+            self.keep(report)  # whatever comes of those that follow
+        return report
+
+    def ode(self) -> list[Row]:
+        """How far adapters leave their teacher's ODE."""
+        device = self.accelerator.device
+        return over_seeds([ode_rows(self.gallery, self.config, self.prompts, seed, device) for seed in self.config.seeds])
+
+    def keep(self, report: dict[str, Any]) -> None:
+        """Write `report.json`."""
+        write_text(self.root / "report.json", json.dumps(report, indent=1) + "\n")
 
 
 def over_seeds(runs: Sequence[list[Row]]) -> list[Row]:
@@ -311,14 +354,26 @@ def over_seeds(runs: Sequence[list[Row]]) -> list[Row]:
     return rows
 
 
-def weights_of(model: ModelConfig) -> str:
-    """Of the files that a model is made of, a digest; of what is on the hub nothing, for its name says it."""
-    named = (model.path, model.motion_adapter, model.image_adapter, *model.teacher_loras)
+_OF_A_MODEL = (".safetensors", ".bin", ".pt", ".json", ".txt")  # weights, configurations, and a tokenizer's merges
+
+
+def weights_of(*named: str) -> str:
+    """Of the files, and of those in the folders, that networks are made of, a digest.
+
+    Args:
+        named: paths; of what is not there, such as a repository on the hub, nothing, for its name says it.
+    """
     roots = [Path(name) for name in named if name and Path(name).exists()]
-    files = [file for root in roots for file in ([root] if root.is_file() else sorted(root.rglob("*.safetensors")))]
+    files = [
+        file for root in roots for file in ([root] if root.is_file() else sorted(root.rglob("*"))) if _is_of_a_model(root, file)
+    ]
     return (
         hashlib.sha256("".join(_digest(file, file.stat().st_mtime_ns) for file in files).encode()).hexdigest() if files else ""
     )
+
+
+def _is_of_a_model(root: Path, file: Path) -> bool:
+    return file.is_file() and (file == root or file.suffix in _OF_A_MODEL)
 
 
 @cache
@@ -334,12 +389,17 @@ def pictures_of(config: EvaluationConfig, method: MethodConfig, steps: int, seed
     """Where an evaluation keeps a method's pictures; its prompts are read unless they are given."""
     prompts = prompts or read_prompts(config.prompts, config.count)
     told = {"model": chosen(config.model), "prompts": prompts, "size": config.size, "seed": seed}
-    told |= {"weights": weights} if (weights := weights_of(config.model)) else {}
+    model = config.model
+    weights = weights_of(model.path, model.motion_adapter, model.image_adapter, *model.teacher_loras)
+    told |= {"weights": weights} if weights else {}
     frames = config.clips.frames if config.clips else 0
     if frames:
         told["frames"] = frames
     folder = folder_of(Path(config.output) / "pictures", method, steps, told | {"precision": config.precision})
     return Pictures(folder, len(prompts), config.batch_size, frames)
+
+
+_SUBSET = 1000  # pictures in which the kernel distance is measured at a time, as its paper does
 
 
 def distances(ours: torch.Tensor, known: torch.Tensor, frames: int = 1) -> Row:
@@ -352,8 +412,9 @@ def distances(ours: torch.Tensor, known: torch.Tensor, frames: int = 1) -> Row:
     """
     row: Row = {"frechet_distance": frechet_distance(Moments.of([ours]), Moments.of([known]))}
     fewest = min(len(ours), len(known)) // frames
-    kernel = kernel_distance(ours, known, subset_size=min(1000, fewest), frames=frames)
-    row |= {"kernel_distance": kernel.mean, "kernel_distance_deviation": kernel.deviation}
+    same = frames == 1 and len(ours) == len(known) <= _SUBSET  # every subset would be all of them
+    kernel = kernel_distance(ours, known, 1 if same else 100, min(_SUBSET, fewest), frames=frames)
+    row |= {"kernel_distance": kernel.mean} | ({} if same else {"kernel_distance_deviation": kernel.deviation})
     if fewest > 3:
         found = precision_recall(known, ours, neighbours=3 * frames)
         row |= {"precision": found.precision, "recall": found.recall}

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -34,14 +35,14 @@ from pcm_scheduler.time_search import Timesteps, search_timesteps
 from ..files import CannotWrite, write_text
 from ..settings_parser import SettingsParser
 from .__main__ import config_first
-from .alignment import mean_score
+from .alignment import ScorerConfig, mean_score
 from .config import EvaluationConfig
-from .features import extract
+from .features import FeatureConfig, extract
 from .generation import from_bytes, generate, to_bytes
 from .methods import MethodConfig
 from .metrics import METRICS
 from .prompts import read_prompts
-from .run import Evaluation, Row, distances
+from .run import Evaluation, Row, distances, weights_of
 
 
 @dataclass
@@ -101,7 +102,10 @@ class SearchConfig:
     def searched(self) -> MethodConfig:
         """The method, with the number of steps that is asked for."""
         if self.adapter:
-            return MethodConfig(Path(self.adapter).stem, self.adapter, steps=(self.steps,))
+            name = re.sub(r"[^\w .,+-]", "_", Path(self.adapter).stem)  # of a folder too
+            if name == self.config.reference.method.name or not re.match(r"\w", name):
+                name = f"adapter {name}"
+            return MethodConfig(name, self.adapter, steps=(self.steps,))
         (method,) = [method for method in self.config.methods if method.name == self.method]
         return replace(method, steps=(self.steps,), timesteps=())
 
@@ -197,8 +201,9 @@ class Search:
         """Of all that a row depends on beside its times."""
         evaluation, reference = self.evaluation, self.evaluation.config.reference
         pictures = evaluation.pictures(self.method, self.config.steps, self.config.seed)
-        told: list[Any] = [pictures.folder.name, self.config.count, asdict(evaluation.config)["features"]]
-        told.append(asdict(evaluation.config)["alignment"])
+        told: list[Any] = [pictures.folder.name, self.config.count]
+        for judge in (evaluation.config.features, evaluation.config.alignment):
+            told.append(judge and [asdict(judge), weights_of(*_files_of(judge))])
         if reference.folder:
             files = sorted(path for path in Path(reference.folder).rglob("*") if path.is_file())
             told.append([(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files])
@@ -293,6 +298,13 @@ def split(prompts: Sequence[str], count: int, path: str) -> tuple[list[str], lis
     return searched, held_out
 
 
+def _files_of(judge: FeatureConfig | ScorerConfig) -> list[str]:
+    """Of a judge that has been loaded, its weights and the source of its factory."""
+    where = judge.factory.rpartition(":")[0]
+    source = where if where.endswith(".py") else getattr(sys.modules.get(where), "__file__", None) or ""
+    return [judge.path, source, *([judge.head] if isinstance(judge, ScorerConfig) else [])]
+
+
 def choices(grid: PhaseGrid, num_inference_steps: int) -> int:
     """How many sets of stops `search_timesteps` chooses among.
 
@@ -316,6 +328,8 @@ def text_of(report: Row, path: Path) -> str:
     better = found > default if METRICS[metric].better == "larger" else found < default
     said = f"On held-out prompts and noise the {METRICS[metric].title} goes from {default:.4g} to {found:.4g}"
     row = {"name": f"{method['name']}, searched", "adapter": method["adapter"], "steps": [len(report["timesteps"])]}
+    row |= {name: method[name] for name in ("guidance_scale", "eta") if method[name] is not None}
+    row |= {name: method[name] for name in ("num_phases", "num_solver_steps") if method[name]}
     parts = [
         f"default: {report['default_timesteps']}\nfound:   {report['timesteps']}, of {report['choices_tried']} choices tried",
         tabulate(rows, ["prompts", "timesteps", *(METRICS[name].title for name in names)], tablefmt="github"),

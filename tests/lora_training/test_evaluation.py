@@ -26,12 +26,14 @@ from lora_training.evaluation.config import (
     ReferenceConfig,
 )
 from lora_training.evaluation.features import FeatureConfig
+from lora_training.evaluation.generation import folder_of
 from lora_training.evaluation.methods import Gallery, MethodConfig
 from lora_training.evaluation.ode import ode_rows
 from lora_training.evaluation.prompts import read_pairs, read_prompts
 from lora_training.evaluation.report import is_best, table, write_report
 from lora_training.evaluation.run import Evaluation, pictures_of
 from pcm_scheduler.lora_file import AdapterSettings, write_kohya
+from pcm_scheduler.lora_layouts import to_kohya
 from pcm_scheduler.phases import PhaseGrid
 
 from model import HERE, MODEL_DIR, load_pipeline
@@ -132,6 +134,22 @@ def test_the_ode_is_that_of_an_adapters_own_betas(config, tmp_path):
     assert own != other
     assert measured(*methods) == own + other
     assert measured(*reversed(methods)) == other + own
+
+
+def test_the_ode_is_measured_a_batch_at_a_time(config, tmp_path, monkeypatch):
+    grid, path = PhaseGrid.even(2, 4), tmp_path / "adapter.safetensors"
+    write_kohya(path, tiny_models.random_lora(tiny_models.image_unet()), AdapterSettings("sd15", grid.edges, 4), "PCM")
+    config.methods = (MethodConfig("PCM", str(path), steps=(2,)),)
+    config.ode, config.size = OdeConfig(count=3, steps=(2,), solver_steps=4), (16, 16)
+    gallery = Gallery(tiny_models.image_pipeline(), config.methods)
+    drawn, noise = [], gallery.noise
+    monkeypatch.setattr(gallery, "noise", lambda numbers, *told: drawn.append(list(numbers)) or noise(numbers, *told))
+    rows = []
+    for config.batch_size in (2, 16):
+        rows += ode_rows(gallery, config, ["a cat", "a dog", "two cats", "two dogs"], 0, torch.device("cpu"))
+    assert drawn == [[0, 1], [2], [0, 1, 2]]
+    apart, together = ({name: row[name] for name in ("ode_error", "at 499")} for row in rows)
+    assert apart == pytest.approx(together, rel=1e-4)
 
 
 def test_several_noises_give_means_and_spreads(config):
@@ -240,7 +258,7 @@ def test_tables_mark_the_best_of_each_number_of_steps():
 
 
 def test_what_is_missing_is_said_before_anything_is_drawn(config, tmp_path):
-    config.alignment = ScorerConfig("clip", path=str(tmp_path / "no_clip"))
+    config.alignment, config.negative = ScorerConfig("clip", path=str(tmp_path / "no_clip")), NegativeConfig()
     with pytest.raises(FileNotFoundError, match="no_clip"):
         Evaluation(config)
     with pytest.raises(ValueError, match="at least one"):
@@ -252,12 +270,41 @@ def test_what_is_missing_is_said_before_anything_is_drawn(config, tmp_path):
     [
         ({"negative": NegativeConfig("nowhere.jsonl")}, "negative.pairs: there is no file"),
         ({"ode": OdeConfig(count=2, solver_steps=40)}, "ode.solver_steps"),
+        ({"guidance": GuidanceConfig(scales=(1.0, 3.0), steps=64)}, "Method PCM cannot be sampled in 64 steps: "),
+        ({"guidance": GuidanceConfig(scales=(0.0, 1.0))}, "guidance.scales must be 1 or more.* got 0"),
+        ({"methods": (MethodConfig("TCD", scheduler="tcd", steps=(4, 64)),)}, "Method TCD cannot be sampled in 64 steps: "),
+        ({"alignment": ScorerConfig("clip", path="weights/clip")}, "negative.threshold: say above which score of clip"),
+        ({"alignment": ScorerConfig("aesthetic", path="weights/clip")}, "aesthetic sees no text"),
         ({"ode": OdeConfig(count=2, steps=(2, 60), solver_steps=50)}, "ode.steps must be from 1 to 50 for PCM; got 60"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_is_drawn(config, part, says):
     with pytest.raises(ValueError, match=says):
         Evaluation(dataclasses.replace(config, **part))
+
+
+def test_a_thing_that_the_judge_does_not_know_is_refused_before_anything_is_drawn(config, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "a red star", "thing": "fog"}))
+    with pytest.raises(ValueError, match="fog"):
+        Evaluation(config)
+
+
+def test_what_was_measured_is_kept_when_a_later_part_fails(config, tmp_path, monkeypatch):
+    config.methods = (MethodConfig("PCM", str(ADAPTERS["PCM"]), steps=(2,)),)
+    config.features = config.similarity = None
+    config.guidance, config.ode = GuidanceConfig(), OdeConfig()
+    evaluation = Evaluation(config)
+
+    def break_down():
+        raise ValueError("the judge broke down")
+
+    monkeypatch.setattr(evaluation, "negative", break_down)
+    with pytest.raises(ValueError, match="broke down"):
+        evaluation.run()
+    kept = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [row["method"] for row in kept["rows"]] == ["PCM"]
+    assert kept["consistency"] == []  # there is nothing to see it by
+    assert "negative" not in kept
 
 
 def test_pictures_of_a_model_that_was_trained_again_are_drawn_again(config, tmp_path):
@@ -268,7 +315,43 @@ def test_pictures_of_a_model_that_was_trained_again_are_drawn_again(config, tmp_
     assert pictures_of(config, method, 4, 0).folder == before
     file = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({name: tensor * 0.5 for name, tensor in load_file(file).items()}, file)
-    assert pictures_of(config, method, 4, 0).folder != before
+    again = pictures_of(config, method, 4, 0).folder
+    assert again != before
+    scheduler = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace('"epsilon"', '"v_prediction"'))
+    assert pictures_of(config, method, 4, 0).folder not in (before, again)
+
+
+def test_pictures_of_an_adapter_that_is_told_by_its_name_are_of_that_name(tmp_path):
+    lora = to_kohya(tiny_models.random_lora(tiny_models.image_unet()))
+    folders = set()
+    for name in ("pcm_sd15_smallcfg_4step_converted", "pcm_sd15_normalcfg_8step_converted"):
+        save_file(lora, tmp_path / f"{name}.safetensors")
+        folders.add(folder_of(tmp_path, MethodConfig("PCM", str(tmp_path / f"{name}.safetensors")), 4, {}))
+    assert len(folders) == 2
+
+
+def test_the_ode_of_an_adapter_that_does_not_state_its_guidance_is_not_guessed(config, tmp_path):
+    path = tmp_path / "pcm_sd15_smallcfg_4step_converted.safetensors"
+    save_file(to_kohya(tiny_models.random_lora(tiny_models.image_unet())), path)
+    config.methods = (MethodConfig("PCM", str(path), steps=(4,)), MethodConfig("Told", str(path), steps=(4,), num_phases=4))
+    gallery = Gallery(tiny_models.image_pipeline(), config.methods)
+    assert ode_rows(gallery, config, PROMPTS, 0, torch.device("cpu")) == []
+
+
+def test_what_is_beside_the_ode_is_what_is_drawn(config):
+    """The method's own eta, and below guidance 1 the conditional prediction alone, as pipelines have it."""
+    told = {"adapter": str(ADAPTERS["PCM"]), "steps": (2,)}
+    config.methods = (
+        MethodConfig("noisy", eta=1.0, **told),
+        MethodConfig("at 0", guidance_scale=0.0, **told),
+        MethodConfig("at 1", guidance_scale=1.0, **told),
+    )
+    config.ode, config.size = OdeConfig(count=1, steps=(2,), solver_steps=50), (32, 32)
+    gallery = Gallery(load_pipeline(MODEL_DIR), config.methods)
+    rows = {row["method"]: row["ode_error"] for row in ode_rows(gallery, config, PROMPTS, 0, torch.device("cpu"))}
+    assert rows.keys() == {"at 0", "at 1"}
+    assert rows["at 0"] == rows["at 1"]
 
 
 def test_a_file_and_overrides_make_a_configuration(tmp_path):

@@ -7,10 +7,13 @@ import dataclasses
 import pytest
 import tiny_models
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from evaluate import ADAPTERS
+from safetensors.torch import save_file
 
 from lora_training.evaluation.generation import Pictures, folder_of, generate
 from lora_training.evaluation.methods import RIVALS, Gallery, MethodConfig
+from pcm_scheduler.lora_layouts import to_kohya
 
 from model import load_pipeline
 
@@ -112,6 +115,56 @@ def test_other_pictures_go_to_other_folders(tmp_path):
         folder_of(tmp_path, MethodConfig("PCM", PCM, steps=(4,), timesteps=(999, 739, 499, 239)), 4, {"seed": 0}),
     ]
     assert len({folder, *others}) == 6
+
+
+def test_every_method_is_on_the_models_own_noise_and_on_no_sampler_of_somebody():
+    """A scheduler's file of the early models does not say prediction_type, and diffusers' from_config forgets what was set."""
+    pipe = tiny_models.image_pipeline()
+    saved = {"num_train_timesteps": 1000, "algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(saved)
+    pipe.scheduler.register_to_config(prediction_type="v_prediction", beta_start=0.001, beta_end=0.01)
+    gallery = Gallery(pipe, [MethodConfig(name, scheduler=name) for name in ("pcm", *RIVALS)])
+    for name in gallery.methods:
+        gallery.put_in_place(name)
+        told = pipe.scheduler.config
+        assert (told.prediction_type, told.beta_start, told.beta_end) == ("v_prediction", 0.001, 0.01), name
+        assert told.get("algorithm_type", "dpmsolver++") == "dpmsolver++"
+        assert not told.get("use_karras_sigmas")
+
+
+def test_an_adapter_that_does_not_say_its_phases_is_drawn_with_by_schedulers_that_know_none(tmp_path):
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    save_file(to_kohya(tiny_models.random_lora(tiny_models.image_unet())), path)
+    adapter = str(path)
+    methods = [
+        MethodConfig("LCM", adapter, "lcm"),
+        MethodConfig("DDIM", adapter, "ddim"),
+        MethodConfig("told", adapter, num_phases=2, num_solver_steps=40),
+        MethodConfig("otherwise", adapter, num_phases=4, num_solver_steps=40),
+        MethodConfig("plain", scheduler="ddim"),
+    ]
+    pipe = tiny_models.image_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    gallery = Gallery(pipe, methods)
+    assert gallery.settings.keys() == {"told", "otherwise"}
+    assert [gallery.grid(name).num_phases for name in gallery.settings] == [2, 4]
+    drawn = {name: gallery.draw(name, 2, ["a cat"], [0], (32, 32)) for name in gallery.methods}
+    assert not torch.equal(drawn["DDIM"], drawn["plain"])
+    with pytest.raises(ValueError, match="Method PCM: The file does not say how it was trained"):
+        Gallery(tiny_models.image_pipeline(), [MethodConfig("PCM", adapter)])
+
+
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        ({"scheduler": "euler", "eta": 1.0}, "the scheduler euler has no eta; pcm, ddim, tcd have"),
+        ({"scheduler": "ddim", "num_phases": 4}, "num_phases is of an adapter"),
+        ({"adapter": PCM, "num_solver_steps": -1}, "num_solver_steps is of an adapter, from 1 on; got -1"),
+    ],
+)
+def test_settings_that_a_method_would_not_use_are_refused(told, says):
+    with pytest.raises(ValueError, match=says):
+        MethodConfig("other", **told)
 
 
 def test_timesteps_of_a_methods_own_are_where_it_stops():

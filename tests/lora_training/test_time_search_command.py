@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,7 +95,8 @@ def light(monkeypatch):
 
 
 @pytest.mark.usefixtures("light")
-def test_the_best_times_are_found_and_written_with_what_they_are_worth(config, tmp_path):
+def test_the_best_times_are_found_and_written_with_what_they_are_worth(config, evaluation, tmp_path):
+    evaluation.methods = (MethodConfig("PCM", PCM, guidance_scale=2.5, eta=0.0),)
     task = Search(config)
     report, drawn = task.run(), task.evaluation.gallery.drawn
     default = task.grid.sampling_timesteps(6)
@@ -118,6 +120,7 @@ def test_the_best_times_are_found_and_written_with_what_they_are_worth(config, t
     row = json.loads(next(line for line in said.splitlines() if line.strip().startswith("- ")).strip()[2:])
     method = MethodConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()})
     assert (method.timesteps, method.steps, method.adapter) == (BEST, (6,), PCM)
+    assert (method.guidance_scale, method.eta) == (2.5, 0.0)
     assert PCMScheduler(timesteps=row["timesteps"]).grid == task.grid
     report["scores"]["held out"]["found"]["alignment"] = 0.0
     assert "no better. Keep the default" in text_of(report, task.path)
@@ -158,6 +161,22 @@ def test_what_is_kept_is_of_the_same_method_prompts_noise_and_judges(config, eva
         replace(config, config=replace(evaluation, alignment=ScorerConfig("factory", factory=f"{JUDGES}:caption_agreement"))),
     ):
         assert file(changed) != own, changed
+    judge = tmp_path / "brightness.py"
+    judge.write_text(judge.read_text().replace("pictures.mean", "-pictures.mean"))
+    assert file(config) != own
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("my pcm (v2).safetensors", "my pcm _v2_"),
+        ("+2.safetensors", "adapter +2"),
+        ("reference.safetensors", "adapter reference"),
+    ],
+)
+def test_an_adapters_file_may_have_any_name(config, tmp_path, file, name):
+    shutil.copy(PCM, tmp_path / file)
+    assert replace(config, method="", adapter=str(tmp_path / file)).searched.name == name
 
 
 def test_a_choice_is_measured_as_the_evaluation_measures_it(evaluation, tmp_path):
