@@ -54,6 +54,9 @@ difference without a network: {overhead:.0f} microseconds a step, {share:.3%} of
 node in `/object_info`, every example workflow posted as it is and run from the front-end's queue button in Chromium, progress
 and previews over the websocket, cancelling, refusals. {evolved}
 
+In ComfyUI 0.8.0 too, later: `test_comfyui.py`, `test_comfyui_server.py`, `test_comfyui_words.py`, and with AnimateDiff-Evolved
+1.5.7 `test_comfyui_animatediff.py`; not its front-end.
+
 CPU only; no real Stable Diffusion weights.
 """
 

@@ -12,7 +12,8 @@ blocks compiled (CUDA). Clips are of 16 frames and have the table of steps alone
 
 "UNet and VAE" is the time within them, taken by a clock around their calls in the same runs, on CUDA by its events; "text" that
 of the text encoders; "overhead" all the rest over UNet and VAE: scheduler, guidance, tokenizer, the pipeline itself and the way
-to PIL pictures. At most 3 % is aimed at. Medians; contenders take turns, A B C A B C.
+to PIL pictures. At most 3 % is aimed at. Medians; contenders take turns, A B C A B C, but for the
+adapter's cases: each changes the pipeline, so they follow each other, and differ by whatever else the machine does, too.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ trains nothing.
 from __future__ import annotations
 
 import argparse
+import sys
 
 import torch
 from tqdm import tqdm
@@ -60,7 +61,11 @@ def main() -> None:
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--measure", choices=MEASURES, default="epsilon")
     chosen, settings = own.parse_known_args()
-    run = Run(parse(settings))
+    config = parse(settings)
+    try:
+        run = Run(config)
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"phase_edges: {error}")
     objective = run.config.objective
     curvature = teacher_curvature(run, of=chosen.measure)
     shares = [part.sum() / curvature.sum() for part in curvature.tensor_split(min(10, len(curvature)))]

@@ -102,8 +102,9 @@ class Studio:
             {"teacher": Method("teacher", TEACHER_GUIDANCE)},
             {"teacher": build_scheduler()},
         )
+        self._peft_names = {name: f"adapter{i}" for i, name in enumerate(adapters)}  # PEFT's may not have every letter
         for name, path in adapters.items():
-            settings = load_pcm_lora(self.pipe, path, adapter_name=name)
+            settings = load_pcm_lora(self.pipe, path, adapter_name=self._peft_names[name])
             self.methods[name] = Method(name, settings.guidance_scale, settings.eta)
             self.schedulers[name] = self.pipe.scheduler
 
@@ -134,7 +135,7 @@ class Studio:
         self.pipe.scheduler = self.schedulers[method.name]
         if method.name in self.adapters:
             self.pipe.enable_lora()
-            self.pipe.set_adapters(method.name)
+            self.pipe.set_adapters(self._peft_names[method.name])
         elif self.adapters:
             self.pipe.disable_lora()
         pictures = []

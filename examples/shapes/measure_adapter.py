@@ -73,13 +73,16 @@ def main() -> None:
     args = parser.parse_args()
 
     model, statistics = MODELS[args.model]
-    studio, jury = Studio({path.stem: path for path in args.files}, model, fast=True), Judge()
+    missing = [str(path) for path in args.files if not path.is_file()]
+    if missing:
+        parser.error(f"there is no file {', '.join(missing)}")
+    studio, jury = Studio({str(path): path for path in args.files}, model, fast=True), Judge()
     scenes, latents = held_out_scenes(args.images), noise(args.images, NOISE)
     prompts, rows = prompts_of(scenes), []
     keep_statistics(statistics, studio, jury, prompts)
     for path in args.files:
-        method = studio.methods[path.stem]
-        images = studio.generate(method, prompts, latents, args.steps, progress=path.stem)
+        method = studio.methods[str(path)]
+        images = studio.generate(method, prompts, latents, args.steps, progress=path.name)
         right = jury.alignment(images, scenes)
         shares = [f"{100 * right[key]:.1f}%" for key in ("shape_and_colour", "place", "background")]
         rows.append(

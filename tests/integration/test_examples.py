@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -76,9 +77,10 @@ def test_editing_script(task, options, size, photograph, tmp_path):
     assert len(written) == (2 if task in ("vary", "interpolate") else 1)
 
 
-def test_an_adapter_of_ones_own_can_be_measured():
-    table = run(["examples/shapes/measure_adapter.py", "examples/shapes/adapters/pcm_4phase.safetensors", "--images", "8"])
-    assert re.search(r"pcm_4phase\.safetensors +4 +1 +\d+\.\d\d", table), table
+def test_an_adapter_of_ones_own_can_be_measured(tmp_path):
+    path = shutil.copy(ROOT / "examples/shapes/adapters/pcm_4phase.safetensors", tmp_path / "my v1.0.safetensors")
+    table = run(["examples/shapes/measure_adapter.py", str(path), "--images", "8"])
+    assert re.search(r"my v1\.0\.safetensors +4 +1 +\d+\.\d\d", table), table
 
 
 def test_the_sheet_of_clips_is_drawn_and_judged(tmp_path):
