@@ -51,8 +51,8 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def _os_error(error: Exception) -> int | None:
-    """The number in the messages of libraries that are written in Rust: `... (os error 28)`."""
-    found = re.search(r"os error (\d+)", str(error))
+    """The number in the messages of libraries that are written in Rust: `... (os error 28)`, or `Os { code: 28, ...`."""
+    found = re.search(r"(?:os error |Os \{ code: )(\d+)", str(error))
     return int(found[1]) if found else None
 
 

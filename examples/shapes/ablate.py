@@ -41,7 +41,7 @@ from evaluate import (
 from write_dataset import write_dataset
 
 from lora_training.config import ModelConfig, TrainConfig, chosen
-from lora_training.cpu import fast_precision
+from lora_training.cpu import fast_precision, precision_here
 from lora_training.evaluation.config import EvaluationConfig, OdeConfig
 from lora_training.evaluation.methods import Gallery, MethodConfig
 from lora_training.evaluation.ode import ode_rows
@@ -207,9 +207,11 @@ def measure_ode(asked: Sequence[Variant]) -> None:
     methods = tuple(MethodConfig(v.name, configuration(v).output, guidance_scale=1.0) for v in left)
     model = ModelConfig(path=str(MODEL_DIR))
     ode = OdeConfig(ODE_PROMPTS, steps=STEPS, solver_steps=ODE_SOLVER_STEPS)
-    config = EvaluationConfig(model, methods, size=(IMAGE_SIZE, IMAGE_SIZE), precision="bf16", ode=ode)
+    device = torch.device("cpu")
+    precision = precision_here("bf16", device)
+    config = EvaluationConfig(model, methods, size=(IMAGE_SIZE, IMAGE_SIZE), precision=precision, ode=ode)
     gallery = Gallery(load_pipeline(MODEL_DIR), methods)
-    rows = ode_rows(gallery, config, prompts_of(held_out_scenes(ODE_PROMPTS)), NOISE, torch.device("cpu"))
+    rows = ode_rows(gallery, config, prompts_of(held_out_scenes(ODE_PROMPTS)), NOISE, device)
     for variant in left:
         errors = {str(row["steps"]): row["ode_error"] for row in rows if row["method"] == variant.name}
         keep(variant, figures_of(variant) | {"ode": errors})

@@ -133,8 +133,7 @@ def test_the_systems_own_limit_on_files_is_named_and_the_old_file_stays(tmp_path
         save_checkpoint(path, {"p": parameter}, optimizer, 2)
 
     said = in_a_fork(limited)
-    assert said.startswith(f"CannotWrite: {path} cannot be written: "), said
-    assert "File too large" in said  # in words of safetensors' own, which differ between its versions
+    assert said.startswith(f"CannotWrite: {path} cannot be written: File too large."), said
     assert "ulimit -f" in said
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

@@ -38,7 +38,7 @@ def test_what_is_no_configuration_is_said(tmp_path, capsys, parse, content, says
     with pytest.raises(SystemExit):
         parse(["--config", str(file)])
     words = capsys.readouterr().err
-    assert says in words
+    assert says in words or ("nested" in says and "exceeded maximum nesting depth" in words)  # new PyYAMLs say it first
     assert len(words) < 10_000
 
 
