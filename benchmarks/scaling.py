@@ -26,6 +26,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import psutil
@@ -186,6 +187,8 @@ class Averages:
 
     class unet:  # noqa: N801
         device = CPU
+
+    alone = Lock()
 
     def encode_images(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mean = torch.nn.functional.avg_pool2d(images, 8)[:, :1].expand(-1, 4, -1, -1)

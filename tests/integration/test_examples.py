@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -101,12 +102,26 @@ def test_readme_python_runs(tmp_path):
         run([str(script)], PYTHONPATH=str(ROOT))
 
 
+# One process for all, which imports their libraries once.
+HELPS = """
+import contextlib, io, json, runpy, sys
+from pathlib import Path
+helps, path = {}, sys.path[1:]
+for script in sys.argv[1:]:
+    sys.argv, sys.path[:] = [script, "--help"], [str(Path(script).parent.resolve()), *path]
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
+        runpy.run_path(script, run_name="__main__")
+    helps[script] = said.getvalue()
+print(json.dumps(helps))
+"""
+
+
 @pytest.mark.parametrize("text", [README, VIDEO], ids=["README", "video"])
 def test_every_script_that_is_named_exists_and_takes_its_arguments(text):
     """Recipes for real Stable Diffusion weights cannot run here; their arguments are checked against the scripts' own help."""
     commands = re.findall(r"^(?:python|accelerate launch) (\S+\.py)((?:.*\\\n)*.*)$", text, re.MULTILINE)
     assert commands
-    helps = {script: run([script, "--help"]) for script in {script for script, _ in commands}}
+    helps = json.loads(run(["-c", HELPS, *sorted({script for script, _ in commands})]))
     for script, rest in commands:
         for option in [a for a in shlex.split(rest.replace("\\\n", " ")) if a.startswith("--")]:
             assert option in helps[script], f"{script} has no {option}"
