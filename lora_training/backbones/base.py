@@ -85,7 +85,7 @@ class Backbone(ABC):
             if lora.endswith(".safetensors") and not Path(lora).is_file():
                 raise ValueError(f"model.teacher_loras: {lora} does not exist.")
             try:
-                # a file by its folder and name: offline diffusers (0.37) does not look into what it is given
+                # by folder and name: offline, early versions of diffusers do not look into what they are given
                 file = {"weight_name": Path(lora).name} if lora.endswith(".safetensors") else {}
                 pipe.load_lora_weights(str(Path(lora).parent) if file else lora, use_safetensors=True, **file)
             except SafetensorError as error:
