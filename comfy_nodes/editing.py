@@ -57,7 +57,7 @@ def to_mask(mask: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
         ValueError: not of the pictures' size, or not one for each.
     """
     mask = mask.float().clamp(0, 1)
-    mask = mask.reshape(-1 if mask.numel() else 0, 1, *mask.shape[-2:])
+    mask = mask.flatten(0, -3)[:, None] if mask.ndim > 2 else mask[None, None]
     if mask.shape[-2:] != pictures.shape[-2:]:
         sizes = [f"{x.shape[-1]} x {x.shape[-2]}" for x in (mask, pictures)]
         raise ValueError(

@@ -130,6 +130,8 @@ class Gallery:
         self.methods = {method.name: method for method in methods}
         own = pipe.scheduler
         self.settings: dict[str, AdapterSettings] = {}  # of those methods that have an adapter
+        # what their files say of themselves, each read once, for one without a header is hashed whole
+        self.stated = {method.name: read_settings(method.adapter) for method in methods if method.adapter}
         self._adapters: dict[str, str] = {}
         self._schedulers: dict[str, Any] = {}
         self._guidance: dict[str, float] = {}
@@ -146,7 +148,7 @@ class Gallery:
                     pipe.scheduler = own  # not on the betas of the adapter before
                     loaded[told] = (name, self._load(method, name), pipe.scheduler)
                 self._adapters[method.name], settings, on_phases = loaded[told]
-                if method.scheduler == "pcm" or not _is_silent(method):
+                if method.scheduler == "pcm" or not self._is_silent(method):
                     self.settings[method.name] = settings
                 else:
                     settings = None
@@ -170,7 +172,7 @@ class Gallery:
             ValueError: it does not fit, or its phases are said nowhere.
         """
         num_phases, num_solver_steps = method.num_phases or None, method.num_solver_steps or None
-        if method.scheduler != "pcm" and _is_silent(method):
+        if method.scheduler != "pcm" and self._is_silent(method):
             num_phases, num_solver_steps = 1, None  # which nothing is drawn with
         try:
             return load_pcm_lora(
@@ -178,6 +180,10 @@ class Gallery:
             )
         except ValueError as error:
             raise ValueError(f"Method {method.name}: {error}") from error
+
+    def _is_silent(self, method: MethodConfig) -> bool:
+        """Whether nobody says which phases its adapter was trained for."""
+        return not method.num_phases and self.stated[method.name] is None
 
     def noise(self, indices: Sequence[int], size: tuple[int, int], seed: int) -> torch.Tensor:
         """Initial latents of pictures by their number, the same for every method, batch and process.
@@ -287,11 +293,6 @@ class Gallery:
                 f"fp32 (the UNet is {self.pipe.unet.dtype} now); else the adapter or the model is broken."
             )
         return found
-
-
-def _is_silent(method: MethodConfig) -> bool:
-    """Whether nobody says which phases its adapter was trained for."""
-    return not method.num_phases and read_settings(method.adapter) is None
 
 
 def _first(chosen: float | None, otherwise: float) -> float:

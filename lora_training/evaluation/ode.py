@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pcm_scheduler.lora_file import read_settings
+from pcm_scheduler.lora_file import AdapterSettings
 from pcm_scheduler.phases import PhaseGrid
 
 from ..backbones import FAMILIES, Backbone
@@ -15,7 +15,7 @@ from ..backbones.conditioning import expanded
 from ..config import DTYPES
 from ..teacher import Levels, Prediction, guided_prediction, levels_of
 from .config import EvaluationConfig
-from .methods import Gallery, MethodConfig
+from .methods import Gallery
 from .trajectory import END, States, ode_errors, student_states, teacher_states
 
 
@@ -104,17 +104,16 @@ def _measured(gallery: Gallery, config: EvaluationConfig) -> dict[str, list[int]
         if method.name in gallery.settings
         and method.scheduler == "pcm"
         and not method.timesteps  # it measures numbers of steps, which stop at the grid's own
-        and _states_its_ode(method)
+        and _states_its_ode(gallery.stated[method.name])
     ]
     # an adapter that is sampled with new noise leaves the ODE by that noise, if not in a single step
     found = {name: [k for k in config.ode.steps if k == 1 or gallery.eta(name) == 0] for name in names}
     return {name: steps for name, steps in found.items() if steps}
 
 
-def _states_its_ode(method: MethodConfig) -> bool:
-    """Whether its adapter's file says the guidance of the ODE that it was trained on; a number of phases does not."""
-    settings = read_settings(method.adapter)
-    return settings is not None and not settings.inferred
+def _states_its_ode(stated: AdapterSettings | None) -> bool:
+    """Whether an adapter's file says the guidance of the ODE that it was trained on; a number of phases does not."""
+    return stated is not None and not stated.inferred
 
 
 def _fine_grid(gallery: Gallery, names: Sequence[str], solver_steps: int) -> PhaseGrid:
