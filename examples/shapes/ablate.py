@@ -184,27 +184,32 @@ def figures_of(variant: Variant) -> dict[str, Any]:
     return figures if figures.get("identity") == identity(configuration(variant)) else {}
 
 
-def train_and_measure(variant: Variant) -> dict[str, Any]:
-    """Goes on where it was interrupted."""
+def trained(variant: Variant) -> Path:
+    """Its file; trains it if that is not here, and goes on where it was interrupted."""
     config = configuration(variant)
-    write_dataset(Path(config.data.path), 8192)
     path = Path(config.output)
     if not path.exists():
+        write_dataset(Path(config.data.path), 8192)
         AcceleratorState._reset_state()  # accelerate would keep the precision of the run before
         run(config)
-    command = f"python examples/shapes/ablate.py --only {variant.name}"
+    return path
+
+
+def all_figures(variant: Variant) -> dict[str, Any]:
+    """Of its pictures, with what they are of."""
+    config, command = configuration(variant), f"python examples/shapes/ablate.py --only {variant.name}"
     told = {"name": variant.name, "table": variant.table, "settings": variant.settings, "seed": variant.seed}
     told |= {"updates": UPDATES, "precision": fast_precision(), "identity": identity(config), "command": command}
-    return told | measure(path, variant.guidance_scales)
+    return told | measure(trained(variant), variant.guidance_scales)
 
 
 def measure_ode(asked: Sequence[Variant]) -> None:
-    """Adds to the figures how far they leave the teacher's ODE; solves it once for all."""
-    left = [v for v in asked if (found := figures_of(v)) and not found.get("ode") and Path(configuration(v).output).exists()]
+    """Adds to the figures how far they leave the teacher's ODE; solves it once for all. What is no longer here is trained."""
+    left = [variant for variant in asked if (found := figures_of(variant)) and not found.get("ode")]
     if not left:
         return
     # guided as in training, not as pictures are best: an adapter's own guidance is in its weights
-    methods = tuple(MethodConfig(v.name, configuration(v).output, guidance_scale=1.0) for v in left)
+    methods = tuple(MethodConfig(variant.name, str(trained(variant)), guidance_scale=1.0) for variant in left)
     model = ModelConfig(path=str(MODEL_DIR))
     ode = OdeConfig(ODE_PROMPTS, steps=STEPS, solver_steps=ODE_SOLVER_STEPS)
     device = torch.device("cpu")
@@ -224,11 +229,11 @@ def main() -> None:
     args = parser.parse_args()
     asked = [variant for variant in variants() if not args.only or re.fullmatch(args.only, variant.name)]
     for variant in asked:
-        done = bool(figures_of(variant))
+        figures = figures_of(variant)
         if args.list:
-            print(f"{variant.name:30} {'measured' if done else ''}")
-        elif not done:
-            figures = train_and_measure(variant)
+            print(f"{variant.name:30} {', '.join(['measured'] * bool(figures) + ['ODE errors'] * ('ode' in figures))}")
+        elif not figures:
+            figures = all_figures(variant)
             keep(variant, figures)
             print(f"{variant.name}: {figures['steps']['4']}", flush=True)
     if not args.list:
