@@ -36,7 +36,7 @@ from ..files import CannotWrite, write_text
 from ..settings_parser import SettingsParser
 from .__main__ import config_first
 from .alignment import ScorerConfig, mean_score
-from .config import EvaluationConfig
+from .config import EvaluationConfig, GuidanceConfig, NegativeConfig, OdeConfig
 from .features import FeatureConfig, extract
 from .generation import from_bytes, generate, to_bytes
 from .methods import MethodConfig
@@ -110,6 +110,12 @@ class SearchConfig:
         return replace(method, steps=(self.steps,), timesteps=())
 
     @property
+    def evaluation(self) -> EvaluationConfig:
+        """Of the method alone: what else the report asks for is neither loaded nor refused."""
+        answers = replace(self.config, guidance=GuidanceConfig(), negative=NegativeConfig(), ode=OdeConfig(), pairs=())
+        return replace(answers, methods=(self.searched,), similarity=None, lpips_weights="", count=0)
+
+    @property
     def folder(self) -> Path:
         """Where everything is written."""
         return Path(self.output) if self.output else Path(self.config.output) / "timesteps"
@@ -163,8 +169,7 @@ class Search:
 
     def __init__(self, config: SearchConfig):
         self.config, self.method = config, config.searched
-        # what the report alone asks for is neither loaded nor refused
-        own = replace(config.config, methods=(self.method,), pairs=(), similarity=None, lpips_weights="", count=0)
+        own = config.evaluation
         searched, held_out = split(read_prompts(own.prompts), config.count, own.prompts)
         self.evaluation = Evaluation(own)
         if self.evaluation.accelerator.num_processes > 1:

@@ -211,6 +211,20 @@ def test_a_choice_is_measured_as_the_evaluation_measures_it(evaluation, tmp_path
     torch.testing.assert_close(from_folder[0].known, torch.cat([searched.known, held_out.known]))
 
 
+def test_what_the_report_asks_of_other_methods_does_not_keep_a_search_from_one(monkeypatch):
+    """The configuration that ships asks for guidance, negative prompts and pairs of several methods."""
+    monkeypatch.chdir(HERE.parents[1])
+    config = __main__.parse(["examples/evaluation/shapes.yaml"])
+    assert config.guidance.methods
+    assert config.negative.methods
+    assert config.pairs
+    for method in config.methods:
+        if method.scheduler == "pcm":
+            own = SearchConfig(config, steps=8, method=method.name).evaluation
+            assert [(m.name, m.steps) for m in own.methods] == [(method.name, (8,))]
+            assert (own.features, own.reference, own.prompts) == (config.features, config.reference, config.prompts)
+
+
 def test_all_choices_are_counted():
     for m, n, k in [(1, 5, 3), (2, 5, 3), (4, 10, 2), (4, 10, 10), (4, 10, 4), (3, 10, 1)]:
         grid = PhaseGrid.even(m, n)
