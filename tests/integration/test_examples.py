@@ -14,6 +14,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from lora_training import train
+from lora_training.evaluation import __main__ as evaluation
+from lora_training.evaluation import search
+
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 VIDEO = (ROOT / "docs" / "video.md").read_text(encoding="utf-8")
@@ -125,6 +129,24 @@ def test_every_script_that_is_named_exists_and_takes_its_arguments(text):
     for script, rest in commands:
         for option in [a for a in shlex.split(rest.replace("\\\n", " ")) if a.startswith("--")]:
             assert option in helps[script], f"{script} has no {option}"
+
+
+PARSERS = {
+    "lora_training/train.py": train.parse,
+    "lora_training.evaluation": evaluation.parse,
+    "lora_training.evaluation.search": lambda arguments: search.parse(arguments).evaluation,
+}
+
+
+@pytest.mark.parametrize("text", [README, VIDEO], ids=["README", "video"])
+def test_settings_in_commands_are_accepted_together(text, monkeypatch):
+    """Up to where models would be loaded."""
+    monkeypatch.chdir(ROOT)
+    commands = re.findall(r"^(?:accelerate launch|python -m) (\S+)((?:.*\\\n)*.*)$", text, re.MULTILINE)
+    known = [(name, rest) for name, rest in commands if name in PARSERS]
+    assert {name for name, _ in known} == (set(PARSERS) if text is README else {"lora_training/train.py"})
+    for name, rest in known:
+        PARSERS[name](shlex.split(rest.replace("\\\n", " ")))
 
 
 def test_make_targets_named_in_the_readme_exist():
