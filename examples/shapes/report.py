@@ -50,9 +50,9 @@ Row = dict[str, Any]
 Figures = dict[str, Row]  # of ablations, by name
 
 
-def precision(report: Row) -> str:
-    """What the UNet drew in."""
-    return {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}[report["config"]["precision"]]
+def precision(config: Row) -> str:
+    """What the UNet drew in, of an evaluation's configuration or of what a search has found."""
+    return {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}[config["precision"]]
 
 
 def markdown(cells: Sequence[Sequence[str]], heads: Sequence[str]) -> str:
@@ -258,7 +258,7 @@ def searched_times(path: Path = SEARCHED) -> str:
     tried, steps, count = found["choices_tried"], len(found["timesteps"]), found["count"]
     return f"""{tried} choices of {steps} times tried for "{ALONE}", by the Frechet distance of {count} pictures; then both
 measured with {count} other prompts and another noise, and only that gain is to be believed. Distances of so few pictures are
-larger than those above. Made by `{found["command"]}`.
+larger than those above. The UNet in {precision(found)}. Made by `{found["command"]}`.
 
 {times_table(found)}"""
 
@@ -313,8 +313,9 @@ def clips(path: Path) -> str:
     if not path.is_file():
         return "Not measured yet."
     report = json.loads(path.read_text(encoding="utf-8"))
+    drawn_in = precision(report["config"])
     return f"""{report["pictures"]} clips a figure from each of {len(report["seeds"])} noises, held-out prompts, the UNet in
-{precision(report)} for all. The motion is measured by following the object; distances and cosines are of single frames, flow is
+{drawn_in} for all. The motion is measured by following the object; distances and cosines are of single frames, flow is
 Farneback's. A clip that stands still has cosine 1 and flow 0.
 
 {video_table(report)}
@@ -381,7 +382,7 @@ Diffusion.
 
 {report["pictures"]} pictures a figure from each of {len(report["seeds"])} noises: means ± standard deviations
 over them (the adapters were trained once; training seeds are further down). Held-out prompts, the UNet in
-{precision(report)} for all.
+{precision(report["config"])} for all.
 Frechet distance x 1000, in averaged channels of the attribute classifier (which ones, and why, in
 [the model card](../examples/shapes/MODEL_CARD.md)), to the teacher's pictures of the same prompts from another noise, 50 DDIM
 steps at guidance 5. Its size depends on the number of pictures: the floor, of the teacher beside itself, is {floor:.2f} with

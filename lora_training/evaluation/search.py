@@ -269,6 +269,7 @@ class Search:
             "choices_tried": len(found.tried),
             "method": json.loads(json.dumps(asdict(self.method))),
             "count": config.count,
+            "precision": self.evaluation.config.precision,
             "seeds": {part.name: part.seed for part in (searched, held_out)},
             "command": shlex.join(["python", "-m", "lora_training.evaluation.search", *sys.argv[1:]]),
             "configuration_sha256": hashlib.sha256(told.encode()).hexdigest(),

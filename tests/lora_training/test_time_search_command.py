@@ -112,6 +112,7 @@ def test_the_best_times_are_found_and_written_with_what_they_are_worth(config, e
     held_out = ("a green heart", "a yellow cross at the top")
     assert [entry for entry in drawn if entry[2] != 5] == [(BEST, held_out, 6), (default, held_out, 6)]
     assert json.loads(task.path.read_text()) == report
+    assert report["precision"] == evaluation.precision
     assert task.path == tmp_path / "out" / "timesteps" / "PCM-6-steps-alignment.json"
 
     said = text_of(report, task.path)

@@ -93,9 +93,11 @@ def test_searched_times_are_told_beside_the_even_ones(tmp_path):
     assert report.searched_times(file) == "Not searched yet."
     rows = {times: {"frechet_distance": d, "alignment": 0.5} for times, d in (("default", 0.004), ("found", 0.003))}
     told = {"choices_tried": 7, "timesteps": [999, 379], "default_timesteps": [999, 499], "count": 64, "command": "python -m a"}
+    told["precision"] = "bf16"
     file.write_text(json.dumps(told | {"scores": {"searched": rows, "held out": rows}}), encoding="utf-8")
     text = report.searched_times(file)
     assert "7 choices of 2 times" in text
+    assert "The UNet in bfloat16." in text
     assert [line.split("|")[3:5] for line in text.splitlines()[-4:]] == [
         [" 999 499 ", " 4.00                      "],
         [" 999 379 ", " 3.00                      "],
