@@ -231,7 +231,7 @@ def main() -> None:
     for variant in asked:
         figures = figures_of(variant)
         if args.list:
-            print(f"{variant.name:30} {', '.join(['measured'] * bool(figures) + ['ODE errors'] * ('ode' in figures))}")
+            print(f"{variant.name:30} {'measured' if figures else ''}{', ODE errors' if 'ode' in figures else ''}")
         elif not figures:
             figures = all_figures(variant)
             keep(variant, figures)

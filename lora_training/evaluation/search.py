@@ -112,8 +112,10 @@ class SearchConfig:
     @property
     def evaluation(self) -> EvaluationConfig:
         """Of the method alone: what else the report asks for is neither loaded nor refused."""
-        answers = replace(self.config, guidance=GuidanceConfig(), negative=NegativeConfig(), ode=OdeConfig(), pairs=())
-        return replace(answers, methods=(self.searched,), similarity=None, lpips_weights="", count=0)
+        return replace(
+            self.config, methods=(self.searched,), count=0, pairs=(), similarity=None, lpips_weights="",
+            guidance=GuidanceConfig(), negative=NegativeConfig(), ode=OdeConfig(),
+        )  # fmt: skip
 
     @property
     def folder(self) -> Path:
