@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
+import math
 import os
 import resource
 import statistics
@@ -43,6 +44,7 @@ from networks import build_pipeline, build_unet, latent_side
 from peft.tuners.lora import LoraLayer
 from PIL import Image
 from reference_step import ReferenceStep
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -226,11 +228,11 @@ def repeat(call: Pass, device: str) -> None:
     cast = torch.autocast(device, dtype=call.autocast) if call.autocast else nullcontext()
     with torch.set_grad_enabled(call.grad), cast:
         output = call.unet(*call.arguments, **call.named)[0]
-    for layer in layers:
-        layer._disable_adapters = False
-    if call.backward:
+    if call.backward:  # with the adapter as it was: checkpointing runs the pass again
         output.backward(torch.ones_like(output))
         call.unet.zero_grad()
+    for layer in layers:
+        layer._disable_adapters = False
 
 
 def free_memory(device: str) -> None:
@@ -309,7 +311,9 @@ def operators(who: str, case: Case, folder: Path) -> list[tuple[str, float]]:
             contender.step()
         synchronize(case.device)
     attribute = "self_device_time_total" if case.device == "cuda" else "self_cpu_time_total"
-    times = {event.key: getattr(event, attribute) for event in profiler.key_averages()}
+    # of a GPU every kernel has an event of its own too, beside the operator that launched it
+    own = [event for event in profiler.key_averages() if event.device_type == DeviceType.CPU]
+    times = {event.key: getattr(event, attribute) for event in own}
     total = sum(times.values())
     return [(name, t / total) for name, t in sorted(times.items(), key=lambda item: -item[1])[:SHOWN_OPERATORS]]
 
@@ -346,7 +350,10 @@ def measure(case: Case, folder: Path, rounds: int, periods: int, counted: dict[t
             continue
         key = (who, case.family, case.critic)
         if key not in counted:
-            counted[key] = separately(operations, who, case, folder)
+            try:
+                counted[key] = separately(operations, who, case, folder)
+            except torch.OutOfMemoryError:  # without checkpointing there may be no room for what fits with it
+                counted[key] = math.nan
             free_memory(case.device)
         figures[who] = {
             "seconds": statistics.median(t for one in found for t in one["seconds"]),
@@ -358,6 +365,11 @@ def measure(case: Case, folder: Path, rounds: int, periods: int, counted: dict[t
         }
     peak = peak_operations(case.device)
     return figures | ({"device_peak": peak} if peak else {})
+
+
+def fits(figures: Figures) -> bool:
+    """Whether both contenders had room."""
+    return not any("problem" in figures[who] for who in CONTENDERS)
 
 
 HEADERS = (
@@ -450,7 +462,7 @@ def main() -> None:
                 figures = book.get(args.device, case.name)
                 for who in CONTENDERS:
                     print(who, figures[who], flush=True)
-            profiled = next((c for c in own if not c.critic and "problem" not in book.get(args.device, c.name)["ours"]), None)
+            profiled = next((c for c in own if not c.critic and fits(book.get(args.device, c.name))), None)
             if profiled and family == "sd15":
                 found = {who: separated(args.device)(operators, who, profiled, folder) for who in CONTENDERS}
                 book.keep(args.device, "operators", {"case": profiled.name, **found})

@@ -75,7 +75,7 @@ def dry_run(run: Run) -> None:
     loss = run.step(0)
     seconds = time.perf_counter() - begun
     whole = timedelta(seconds=round(seconds * run.config.optimizer.steps))
-    on_gpu = torch.cuda.is_available()
+    on_gpu = run.accelerator.device.type == "cuda"
     memory = torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
     peak = f", {'peak ' if on_gpu else ''}{memory / 2**30:.2f} GiB{'' if on_gpu else ' held after it'}"
     print(f"one step   loss {loss:.4f}, {seconds:.2f} s{peak}; at this pace the run takes {whole} (first steps are slower)")

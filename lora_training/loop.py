@@ -10,13 +10,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
 from huggingface_hub.errors import HfHubHTTPError
 from tqdm import tqdm
 
@@ -40,7 +41,7 @@ from .objectives import ConsistencyObjective, sampling_eta, target_decay
 from .optimizers import average_gradients, build_optimizer, check_installed, learning_rate
 from .randomness import generator_of, seed_of
 from .sharding import shard_mesh, whole
-from .students import adapted_modules, build_student
+from .students import adapted_modules, build_student, compile_blocks
 from .validation import draw_sheet, fixed_loss, latent_shape
 
 # What may change between a run and its continuation.
@@ -81,6 +82,8 @@ class Run:
             mixed_precision=config.mixed_precision,
             log_with=None if config.log_with == "none" else config.log_with,
             project_dir=self.folder,
+            # one process may encode, validate or write while the others wait, for longer than NCCL's own ten minutes
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
         )
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             raise ValueError(
@@ -96,6 +99,8 @@ class Run:
         self.backbone = load_backbone(config.model)
         if on_cpu:
             use_plain_attention(self.backbone.unet)
+        else:  # where memory is short, and every operation takes half precision
+            self.backbone.unet.to(DTYPES[config.mixed_precision])
         for part in (self.backbone.vae, *self.backbone.text_encoders, self.backbone.unet):
             part.to(self.accelerator.device)
         self.critic = self._build_critic()  # before pictures are encoded: it may lack weights
@@ -106,14 +111,13 @@ class Run:
         self.latent_shape = latent_shape(self.data.fixed)
         self.backbone.check_sample(self.latent_shape)
         self.grids = config.grids(self.backbone.num_train_timesteps)
-        if not on_cpu:  # where memory is short, and every operation takes half precision
-            self.backbone.unet.to(DTYPES[config.mixed_precision])
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # what is shown is of training, not of encoding
         self.student = build_student(self.backbone, config, self.mesh)
         if config.gradient_checkpointing:
             self.backbone.enable_gradient_checkpointing()
         if config.compile:
-            for unet in self.student.unets:
-                unet.compile_repeated_blocks(dynamic=config.data.aspect_buckets or None)
+            compile_blocks(self.student.unets, config.data.aspect_buckets)
         optimizer = build_optimizer(config.optimizer, self.student.parameters.values())
         if self.critic:
             optimizer.add_param_group({"params": list(self.critic.parameters.values()), "lr": config.adversarial.learning_rate})
@@ -130,6 +134,10 @@ class Run:
         config = self.config
         if config.push_to_hub:
             check_repository(config.push_to_hub)
+        if config.compile and self.mesh is not None:
+            raise ValueError(
+                "compile: diffusers does not find the blocks of a UNet that FSDP split. Turn it off, or launch without FSDP."
+            )
         if config.resume == "latest":
             self.checkpoints.check()
         check_installed(config.optimizer)
@@ -335,7 +343,7 @@ class Run:
             shown["skipped"] = str(bad)
         if rate:
             shown["clips/s" if len(self.latent_shape) == 4 else "images/s"] = f"{rate * self.samples:.1f}"
-        on_gpu = torch.cuda.is_available()
+        on_gpu = self.accelerator.device.type == "cuda"
         memory = torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
         return shown | {"memory": f"{memory / 2**30:.1f}GiB"}
 

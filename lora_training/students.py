@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TypeAlias
@@ -128,6 +128,22 @@ class Student(ABC):
         """What is trained, in words."""
 
 
+def compile_blocks(unets: Sequence[UNet], several_shapes: bool) -> None:
+    """Compile what repeats in the UNets, once for all of its kind (`torch.compile`).
+
+    Args:
+        unets: of `Student.unets`.
+        several_shapes: pictures differ in shape; compile for all shapes at once.
+    """
+    import torch._dynamo  # takes a second
+
+    # Torch counts what it compiled over all blocks together: one variant for each width of the network, with and without the
+    # adapter, with and without gradients. SD1.5 has nine already, and from the ninth on its own limit leaves blocks uncompiled.
+    torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
+    for unet in unets:
+        unet.compile_repeated_blocks(dynamic=several_shapes or None)
+
+
 class Adapter(Student):
     """A LoRA on the backbone's UNet. The teacher is the same UNet with it switched off: no second copy.
 
@@ -245,6 +261,7 @@ class Adapter(Student):
     def write(
         self, path: Path, state: Mapping[str, torch.Tensor], settings: AdapterSettings, title: str, extra: Mapping[str, str]
     ) -> None:
+        state = {name: tensor.cpu() for name, tensor in state.items()}  # where those of the frozen one are
         lora = adapter_tensors(state, self.alphas())
         write_video_adapter(path, stacked(self.image, lora) if self.image else lora, settings, title, extra)
 

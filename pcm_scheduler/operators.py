@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Generic, TypeVar
 
 import torch
@@ -84,6 +85,12 @@ def nearest_on_hyperplane(x: torch.Tensor, a: torch.Tensor, y: torch.Tensor) -> 
     return torch.where((y.abs() >= total)[..., None], y.sign()[..., None], z)  # a corner exactly, not up to rounding
 
 
+def _product(*matrices: torch.Tensor) -> torch.Tensor:
+    """From the left to the right, in their own precision: within autocast it would be half, where small weights are 0."""
+    with torch.autocast(matrices[0].device.type, enabled=False):
+        return reduce(torch.matmul, matrices)
+
+
 def _distance(inside: torch.Tensor, limit: int) -> torch.Tensor:
     """Euclidean distance in pixels to the nearest True, (N, 1, H, W) float32, exact up to `limit` and capped there."""
     height, width = inside.shape[-2:]
@@ -111,8 +118,8 @@ def _continued(difference: torch.Tensor, inside: torch.Tensor, ramp: float) -> t
         return torch.exp(-0.5 * (position[:, None] - position[None, :]).square())
 
     rows, columns = gaussian(difference.shape[-2]), gaussian(difference.shape[-1])
-    weight = rows @ inside.to(difference.dtype) @ columns
-    mean = rows @ torch.where(inside, difference, 0) @ columns / weight.clamp(min=1e-30)
+    weight = _product(rows, inside.to(difference.dtype), columns)
+    mean = _product(rows, torch.where(inside, difference, 0), columns) / weight.clamp(min=1e-30)
     reach = 3 * ramp
     distance = _distance(inside, math.ceil(reach)).to(difference.dtype).clamp(max=reach)
     fade = 0.5 + 0.5 * torch.cos(math.pi / reach * distance)
@@ -666,16 +673,16 @@ class Downsample(_Single):
 
     def _measure(self, x: torch.Tensor) -> torch.Tensor:
         rows, _, _, columns, _, _ = self._on(x)
-        return rows @ (x @ columns.T)
+        return _product(rows, x, columns.T)
 
     def _adjoint(self, y: torch.Tensor) -> torch.Tensor:
         rows, _, _, columns, _, _ = self._on(y)
-        return (rows.T @ y) @ columns
+        return _product(rows.T, y, columns)
 
     def _solve_gram(self, y: torch.Tensor, ridge: float) -> torch.Tensor:
         _, row_vectors, row_values, _, column_vectors, column_values = self._on(y)
-        spectrum = row_vectors.T @ y @ column_vectors / (row_values[:, None] * column_values[None, :] + ridge)
-        return row_vectors @ spectrum @ column_vectors.T
+        spectrum = _product(row_vectors.T, y, column_vectors) / (row_values[:, None] * column_values[None, :] + ridge)
+        return _product(row_vectors, spectrum, column_vectors.T)
 
     def _project(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return _nearest_by_dual(x, [y], [self], None, self.tolerance, self.max_iterations)[0]

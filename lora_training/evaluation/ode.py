@@ -59,8 +59,8 @@ def _batch_errors(
     backbone = family(gallery.pipe)
     texts = [prompts[i] for i in numbers]
     conditioning = backbone.encode_prompts(texts)
-    frame = expanded(backbone.frame_conditioning(config.size, (0, 0), config.size), len(texts))
-    conditioning, empty = conditioning | frame, expanded(backbone.empty_conditioning(), len(texts))
+    frame = {name: tensor.to(device) for name, tensor in backbone.frame_conditioning(config.size, (0, 0), config.size).items()}
+    conditioning, empty = conditioning | expanded(frame, len(texts)), expanded(backbone.empty_conditioning(), len(texts))
     noise = gallery.noise(numbers, config.size, seed).to(device)
 
     def predicting(backbone: Backbone, levels: Levels, guidance_scale: float) -> Prediction:

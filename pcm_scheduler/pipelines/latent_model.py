@@ -135,6 +135,7 @@ class LatentModel:
     def denoiser(self, levels: Levels, prompts: Prompts) -> Callable[[torch.Tensor, int], torch.Tensor]:
         """x_0 (N, 4, h, w) float32 from (x_t, step number), after guidance."""
         prediction_type = self.pipe.scheduler.config.prediction_type
+        timesteps = torch.tensor(levels.timesteps, device=self.device)  # each call would wait for a number's copy
 
         @torch.no_grad()
         def denoise(sample: torch.Tensor, i: int) -> torch.Tensor:
@@ -142,7 +143,7 @@ class LatentModel:
             inputs = torch.cat([sample, sample]) if guided else sample
             output = self.unet(
                 inputs.to(self.unet.dtype),
-                levels.timesteps[i],
+                timesteps[i],
                 encoder_hidden_states=prompts.embeds.to(self.unet.dtype),
                 added_cond_kwargs=prompts.added,
                 return_dict=False,
@@ -158,7 +159,8 @@ class LatentModel:
     def _vae(self) -> Iterator[torch.dtype]:
         """The VAE in a precision that it survives: SDXL's own overflows in fp16."""
         before = self.vae.dtype
-        upcast = before == torch.float16 and self.vae.config.force_upcast
+        # Stable Diffusion 1.x's does not, and says nothing; casting would undo what group offloading keeps
+        upcast = before == torch.float16 and self.vae.config.force_upcast and self.is_xl
         if upcast:
             self.vae.to(torch.float32)
         try:
@@ -210,6 +212,11 @@ class LatentModel:
             )
         on = any(not layer.disable_adapters for layer in layers)
         merged = [(layer, list(layer.merged_adapters)) for layer in layers if layer.merged]
+        if any(layer.get_base_layer().weight.is_meta for layer, _ in merged):  # from which nothing can be taken
+            raise ValueError(
+                "An adapter is fused into weights that are offloaded, so the teacher cannot be had: fuse no adapter, or use "
+                "enable_model_cpu_offload instead of enable_sequential_cpu_offload."
+            )
         if on:
             self.unet.disable_adapters()  # which takes merged ones out of the weights
         try:

@@ -31,6 +31,8 @@ def load_pcm_unet(pipe: Any, unet: str | Path, weight_name: str | None = None) -
     scheduler = fitting_scheduler(pipe, settings, path.name)
     tensors, _ = read_tensors(path)
     network = uncompiled(pipe.unet)
+    if any(parameter.is_meta for parameter in network.parameters()):  # into which nothing can be copied
+        raise ValueError("The pipeline's weights are offloaded: call load_pcm_unet before enable_sequential_cpu_offload.")
     different = differing_shapes(network.state_dict(), tensors)
     if different:
         name, (ours, theirs) = next(iter(different.items()))

@@ -248,7 +248,9 @@ class PCMEditPipeline:
             prompt: what is in them; empty: nothing said.
         """
         pictures = self._pictures(image)
-        return self._invert(pictures, prompt)
+        noise = self._invert(pictures, prompt)
+        self.pipe.maybe_free_model_hooks()
+        return noise
 
     def _invert(self, pictures: torch.Tensor, prompt: str | Sequence[str]) -> torch.Tensor:
         model, size = self.model, size_of(pictures)

@@ -300,6 +300,16 @@ def test_a_fused_adapter_is_fused_again_after_the_teacher():
         torch.testing.assert_close(layer.get_base_layer().weight, weight, rtol=0, atol=1e-5)
 
 
+def test_there_is_no_teacher_beneath_a_fused_adapter_whose_weights_are_elsewhere():
+    """Under sequential offloading they are on the meta device between calls, where nothing can be taken out of them."""
+    pipe = load_pipeline()
+    edit = PCMEditPipeline(pipe, load_pcm_lora(pipe, ADAPTER))
+    pipe.fuse_lora()
+    pipe.unet.to("meta")
+    with pytest.raises(ValueError, match="offloaded"), edit.model.teacher():
+        pass
+
+
 def test_denoising_takes_noise_out(edit):
     truth = to_pictures(scene_picture())
     noisy = (truth + 30 / 127.5 * torch.randn(truth.shape, generator=seeded())).clamp(-1, 1) / 2 + 0.5

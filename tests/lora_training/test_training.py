@@ -15,7 +15,7 @@ import pytest
 import tiny_models
 import torch
 import yaml
-from diffusers import AnimateDiffPipeline, DDIMScheduler, StableDiffusionXLPipeline
+from diffusers import AnimateDiffPipeline, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig as PeftLoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -815,6 +815,10 @@ def test_the_whole_unet_is_trained_beside_its_teacher_and_its_file_loads(picture
     assert "load_pcm_unet" in (tmp_path / "unet.run" / "README.md").read_text()
     with pytest.raises(ValueError, match="load_pcm_lora"):
         load_pcm_unet(pipe, MODEL_DIR.parent / "adapters" / "pcm_4phase.safetensors")
+    offloaded = load_pipeline()
+    offloaded.unet.to("meta")  # where sequential offloading keeps it
+    with pytest.raises(ValueError, match="before enable_sequential_cpu_offload"):
+        load_pcm_unet(offloaded, output)
     with pytest.raises(ValueError, match="LoRA"):
         load_pcm_lora(pipe, output)
 
@@ -884,3 +888,30 @@ def test_settings_that_would_fail_or_do_nothing_late_are_refused_at_once(name, v
 def test_every_example_configuration_is_accepted(path):
     config = parse(["--config", str(path)])
     assert config.grids(1000)[-1].num_phases == config.objective.num_phases
+
+
+def test_compiled_blocks_have_room_for_all_their_variants(pictures, tmp_path, monkeypatch):
+    """Three widths, each as teacher, student and target: torch by itself stops compiling after eight."""
+    pipe = tiny_models.image_pipeline()
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D",) * 3, "up_block_types": ("CrossAttnUpBlock2D",) * 3}
+    widths = {"block_out_channels": (16, 32, 48), "attention_head_dim": 2, "sample_size": 8}
+    pipe.register_modules(unet=UNet2DConditionModel(**{**tiny_models.BLOCKS, **blocks, **widths}))
+    pipe.save_pretrained(tmp_path / "model")
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled(self, backend="eager", **options))
+    config = config_for(pictures, tmp_path / "a.safetensors", compile=True)
+    config.model, config.data.cache = ModelConfig(path=str(tmp_path / "model")), str(tmp_path / "cache")
+    run = Run(config)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    run.step(0)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 9
+
+
+def test_what_cannot_be_compiled_is_refused_before_pictures_are_encoded(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr("lora_training.loop.shard_mesh", lambda _: object())
+    config = config_for(pictures, tmp_path / "a.safetensors", compile=True)
+    config.data.cache = str(tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"compile: .*FSDP"):
+        Run(config)
+    assert not (tmp_path / "cache").exists()

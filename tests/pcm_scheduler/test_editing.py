@@ -13,11 +13,12 @@ from pcm_scheduler.editing import (
     invert,
     last_phase_steps,
     latent_mask,
+    measured,
     nearby_noise,
     sample_edit,
     slerp,
 )
-from pcm_scheduler.operators import Free, KeepRegion, Luminance
+from pcm_scheduler.operators import Downsample, Free, KeepRegion, Luminance
 from pcm_scheduler.phases import PhaseGrid
 from pcm_scheduler.sampling import sample_phased
 
@@ -166,3 +167,18 @@ def test_the_level_of_noise_is_found_under_a_picture(sigma):
     picture = torch.stack([torch.sin(3 * x), torch.cos(2 * y), (x > 1.5).float()])[None]
     noisy = picture + sigma * torch.randn(picture.shape, generator=torch.Generator().manual_seed(0))
     assert estimate_noise(noisy).item() == pytest.approx(sigma, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_leaves_measurements_alone(dtype):
+    """In half precision weights far from what is kept are 0, and a picture has no value there; a resize is grey levels off."""
+    kept = torch.zeros(1, 1, 256, 256, dtype=torch.bool)
+    kept[..., :40] = True
+    drawn = torch.Generator().manual_seed(0)
+    for operator, size in ((KeepRegion(kept), 256), (Downsample((64, 64), (32, 32)), 64)):
+        picture, truth = (2 * torch.rand(1, 3, size, size, generator=drawn) - 1 for _ in range(2))
+        y = operator.measure(truth)
+        plain = measured(picture, operator, y)
+        with torch.autocast("cpu", dtype=dtype):
+            operator.check(y)
+            torch.testing.assert_close(measured(picture, operator, y), plain, rtol=0, atol=1e-5)
