@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import measuring
 import pytest
 import scaling
 import tiny_models
 import torch
-from measuring import Book, Clock, exponent, write_section
+from measuring import Book, Clock, alone, exponent, write_section
+from reference_scripts import Case, Marks, Script, timed
 from reference_step import ReferenceStep
-from training_step import recorded, repeat
+from training_runs import config_for
+from training_step import PICTURES, recorded, repeat, write_pictures
+from write_dataset import write_dataset
+
+from lora_training.config import AdversarialConfig
+from lora_training.loop import Run
 
 
 def test_the_exponent_of_a_power_law_is_found():
@@ -69,6 +77,85 @@ def test_every_pass_of_the_reference_is_seen_and_can_be_repeated(family, critic,
     for call in found:
         repeat(call, "cpu")
     assert all(p.grad is None for p in theirs.student.parameters())
+
+
+def test_passes_of_ours_can_be_repeated_with_a_critic_and_checkpointing(tmp_path):
+    """The critic reads the teacher, whose pass is run a second time for its gradient: with the adapter off again."""
+    write_dataset(tmp_path / "pictures", 4)
+    config = config_for(tmp_path / "pictures", tmp_path / "a.safetensors", gradient_checkpointing=True)
+    config.adversarial = AdversarialConfig(weight=0.1, cadence="alternate")
+    ours = Run(config)
+    with recorded(SimpleNamespace(unets=ours.student.unets), "cpu") as found:
+        for step in range(2):
+            ours.step(step)
+    assert sum(call.backward for call in found) == 3
+    for call in found:
+        repeat(call, "cpu")
+
+
+THEIR_SCRIPT = """
+import argparse, time
+from pathlib import Path
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+class CustomImageDataset(Dataset):
+    def __init__(self, folder, size):
+        self.names, self.size = sorted(path.name for path in Path(folder).glob("*.png")), size
+    def __len__(self):
+        return len(self.names)
+    def __getitem__(self, i):
+        return self.names[i], self.size
+
+def parse_args():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--resolution", type=int)
+    parser.add_argument("--train_batch_size", type=int)
+    return parser.parse_known_args()[0]
+
+def main(args):
+    pictures = CustomImageDataset("/data/of/its/author", args.resolution)
+    bar = tqdm(range(100))
+    for names, sizes in DataLoader(pictures, batch_size=args.train_batch_size, num_workers=1):
+        assert list(sizes) == [128] * len(names)
+        time.sleep(0.05)
+        bar.update(1)
+"""
+
+
+def of(path: str, batch: int) -> Case:
+    return Case(Script("PCM", "sd15", "pcm", path, "pcm"), batch, checkpointing=False, device="cpu")
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """Scripts like the others' own, and the model and pictures that are given to them and to us."""
+    (tmp_path / "theirs.py").write_text(THEIR_SCRIPT, encoding="utf-8")
+    (tmp_path / "broken.py").write_text(THEIR_SCRIPT.replace("bar = ", "raise ValueError('no bar') #"), encoding="utf-8")
+    tiny_models.image_pipeline().save_pretrained(tmp_path / "model")
+    write_pictures(tmp_path / "pictures", 128)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("who", "least"), [("theirs", 0.05), ("ours", 0.0)])
+def test_scripts_of_others_and_our_trainer_are_timed_by_their_progress_bars(checkout, who, least, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    figures = alone(timed, who, of("theirs.py", 2), checkout, checkout, 3)
+    assert least < figures["seconds"] < 60, figures
+    assert figures["peak"] > 2**20
+
+
+def test_what_stops_a_script_is_told(checkout):
+    assert alone(timed, "theirs", of("broken.py", 2), checkout, checkout, 3) == {"problem": "ValueError: no bar"}
+    assert PICTURES == 32
+    assert alone(timed, "theirs", of("theirs.py", 16), checkout, checkout, 5) == {"problem": "ended after 2 steps"}
+
+
+def test_steps_of_two_kinds_are_taken_in_pairs():
+    marks = Marks("cpu", 4)
+    marks.times = [0.0, 1.0, 3.0, 4.0, 8.0]
+    assert marks.figures(2)["seconds"] == 2.0
+    assert marks.figures(1)["seconds"] == 1.5
 
 
 class Sleeper:
