@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
-import math
 import os
 import resource
 import statistics
@@ -335,7 +334,7 @@ def _encoded(case: Case, folder: Path) -> None:
     Ours(replace(case, batch=1, checkpointing=False, critic=False), folder)
 
 
-def measure(case: Case, folder: Path, rounds: int, periods: int, counted: dict[tuple[str, str, bool], float]) -> Figures:
+def measure(case: Case, folder: Path, rounds: int, periods: int, counted: dict[tuple[str, str, bool], float | None]) -> Figures:
     """Both contenders in turns; `counted` remembers FLOPs by contender, family and critic."""
     separately = separated(case.device)
     blocks: dict[str, list[Figures]] = {who: [] for who in CONTENDERS}
@@ -353,7 +352,7 @@ def measure(case: Case, folder: Path, rounds: int, periods: int, counted: dict[t
             try:
                 counted[key] = separately(operations, who, case, folder)
             except torch.OutOfMemoryError:  # without checkpointing there may be no room for what fits with it
-                counted[key] = math.nan
+                counted[key] = None
             free_memory(case.device)
         figures[who] = {
             "seconds": statistics.median(t for one in found for t in one["seconds"]),
@@ -387,8 +386,11 @@ def row(case: Case, figures: Figures | None) -> list[str]:
     def told(of: Figures, text: Callable[[Figures], str], first: bool = False) -> str:
         return text(of) if "problem" not in of else of["problem"] if first else ""
 
+    def operations_told(of: Figures) -> str:
+        return "" if of["operations"] is None else f"{of['operations'] / 1e12:.3g}"
+
     def utilisation(of: Figures) -> str:
-        if "device_peak" not in figures:
+        if "device_peak" not in figures or of["operations"] is None:
             return ""
         return f"{case.batch * of['operations'] / of['seconds'] / figures['device_peak']:.0%}"
 
@@ -398,12 +400,12 @@ def row(case: Case, figures: Figures | None) -> list[str]:
         told(ours, lambda f: f"{f['seconds']:.3g}", first=True),
         told(ours, lambda f: f"{case.batch / f['seconds']:.3g}"),
         told(ours, lambda f: f"{f['seconds'] / f['bare']:.2f}"),
-        told(ours, lambda f: f"{f['operations'] / 1e12:.3g}"),
+        told(ours, operations_told),
         told(ours, utilisation),
         told(ours, lambda f: f"{f['peak'] / 2**30:.2f}"),
         told(theirs, lambda f: f"{f['seconds']:.3g}", first=True),
         told(theirs, lambda f: f"{f['seconds'] / f['bare']:.2f}"),
-        told(theirs, lambda f: f"{f['operations'] / 1e12:.3g}"),
+        told(theirs, operations_told),
         told(theirs, lambda f: f"{f['peak'] / 2**30:.2f}"),
         f"{theirs['seconds'] / ours['seconds']:.2f}" if both else "",
         f"{theirs['peak'] / ours['peak']:.2f}" if both else "",
@@ -446,7 +448,7 @@ def main() -> None:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     book = Book(args.figures)
     chosen = [known[name] for name in args.only] or list(known.values())
-    counted: dict[tuple[str, str, bool], float] = {}
+    counted: dict[tuple[str, str, bool], float | None] = {}
     print(conditions(args.device), flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         for family in dict.fromkeys(case.family for case in chosen):
