@@ -11,9 +11,10 @@ precision. A step is the time from one mark of its progress bar to the next, dat
 encoded the pictures before); steps of a script with a critic, which trains one network and then the other, are taken in pairs.
 Memory is counted as in `training_step.py`.
 
-Scripts are run as they are but for what would stop them elsewhere: PCM's read pictures from a folder of their author's machine;
-its critics are built for widths of the full model, and import a name that diffusers has since moved. Neither xformers nor 8-bit
-Adam is used, by them or by us. On a CPU the networks are narrow, and SDXL's scripts, which spell its widths out, cannot run.
+Scripts are run as they are but for what would stop them here: PCM's read pictures from a folder of their author's machine; its
+critics are built for widths of the full model; and some of both rely on what diffusers, torch and webdataset did when they were
+written (`made_to_run`). Neither xformers nor 8-bit Adam is used, by them or by us. On a CPU the networks are narrow, and SDXL's
+scripts, which spell its widths out, cannot run.
 """
 
 from __future__ import annotations
@@ -210,6 +211,22 @@ def critic_widths(script: Script, unet_widths: tuple[int, ...]) -> list[int]:
     return [*down, down[-1], *(up if script.family == "sd15" else [])]
 
 
+def made_to_run(script: ModuleType, case: Case, folder: Path) -> None:
+    """Change in the loaded script what would stop it, and nothing that it does in a step."""
+    names, adam = vars(script), torch.optim.AdamW
+    # torch refuses a whole number beside a fraction
+    torch.optim.AdamW = lambda *given, betas, **named: adam(*given, betas=tuple(map(float, betas)), **named)
+    if "CustomImageDataset" in names:
+        dataset = names["CustomImageDataset"]
+        names["CustomImageDataset"] = lambda _, size: dataset(str(folder / "pictures"), size)
+    if "tar_file_expander" in names:  # webdataset marks the end of a shard since, by an item that is no file
+        expand = names["tar_file_expander"]
+        names["tar_file_expander"] = lambda *given, **named: (item for item in expand(*given, **named) if "fname" in item)
+    if case.script.critic and case.narrow:
+        widths = critic_widths(case.script, build_pipeline(case.script.family, narrow=True).unet.config.block_out_channels)
+        names["Discriminator"] = functools.partial(names["Discriminator"], adapter_channel_dims=widths)
+
+
 def run_script(case: Case, checkout: Path, folder: Path, marks: Marks) -> None:
     """Theirs, until all steps are timed."""
     multiprocessing.set_start_method("fork", force=True)  # their loaders' workers know what was loaded here
@@ -217,12 +234,7 @@ def run_script(case: Case, checkout: Path, folder: Path, marks: Marks) -> None:
     sys.argv = [str(path), *script_arguments(case, folder)]
     script = loaded(path)
     vars(script)["tqdm"] = marks.bar()
-    if hasattr(script, "CustomImageDataset"):
-        dataset = script.CustomImageDataset
-        vars(script)["CustomImageDataset"] = lambda _, size: dataset(str(folder / "pictures"), size)
-    if case.script.critic and case.narrow:
-        widths = critic_widths(case.script, build_pipeline(case.script.family, narrow=True).unet.config.block_out_channels)
-        vars(script)["Discriminator"] = functools.partial(script.Discriminator, adapter_channel_dims=widths)
+    made_to_run(script, case, folder)
     script.main(script.parse_args())
 
 
