@@ -216,6 +216,8 @@ def made_to_run(script: ModuleType, case: Case, folder: Path) -> None:
     names, adam = vars(script), torch.optim.AdamW
     # torch refuses a whole number beside a fraction
     torch.optim.AdamW = lambda *given, betas, **named: adam(*given, betas=tuple(map(float, betas)), **named)
+    if case.narrow:
+        torch.set_autocast_dtype("cpu", torch.float32)  # LCM's teachers are always within autocast; this turns it off
     if "CustomImageDataset" in names:
         dataset = names["CustomImageDataset"]
         names["CustomImageDataset"] = lambda _, size: dataset(str(folder / "pictures"), size)
