@@ -30,13 +30,14 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.unets import unet_2d_condition
 from measuring import UNMEASURED, Book, Figures, alone, conditions, synchronize, table, write_section
 from networks import build_pipeline, latent_side
@@ -131,7 +132,7 @@ class Marks:
 
     Args:
         device: cpu or cuda.
-        steps: after how many the run is left, the first included.
+        steps: after how many the run is left, beside the first, which is not timed.
     """
 
     def __init__(self, device: str, steps: int):
@@ -205,7 +206,7 @@ def loaded(path: Path) -> ModuleType:
     return module
 
 
-def critic_widths(script: Script, unet_widths: tuple[int, ...]) -> list[int]:
+def critic_widths(script: Script, unet_widths: Sequence[int]) -> list[int]:
     """Channels of what a critic's heads read: ends of blocks on the way down, of the middle, and of those on the way up."""
     down, up = list(unet_widths), list(unet_widths[::-1])
     return [*down, down[-1], *(up if script.family == "sd15" else [])]
@@ -225,7 +226,8 @@ def made_to_run(script: ModuleType, case: Case, folder: Path) -> None:
         expand = names["tar_file_expander"]
         names["tar_file_expander"] = lambda *given, **named: (item for item in expand(*given, **named) if "fname" in item)
     if case.script.critic and case.narrow:
-        widths = critic_widths(case.script, build_pipeline(case.script.family, narrow=True).unet.config.block_out_channels)
+        unet = UNet2DConditionModel.load_config(folder / "model", subfolder="unet")
+        widths = critic_widths(case.script, unet["block_out_channels"])
         names["Discriminator"] = functools.partial(names["Discriminator"], adapter_channel_dims=widths)
 
 
