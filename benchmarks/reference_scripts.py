@@ -338,11 +338,16 @@ def main() -> None:
     args = parser.parse_args()
 
     checkouts = {name: path.resolve() for name, path in (("pcm", args.pcm), ("lcm", args.lcm)) if path}
-    known = [case for case in cases(args.device) if case.script.checkout in checkouts]
-    chosen = [case for case in known if not args.only or case.name in args.only]
+    known = {case.name: case for case in cases(args.device)}
+    strange = [name for name in args.only if name not in known]
+    if strange:
+        parser.error(f"--only {strange[0]!r} is no case of {args.device}; they are:\n" + "\n".join(known))
+    chosen = [known[name] for name in args.only] or [case for case in known.values() if case.script.checkout in checkouts]
     if not chosen:
-        names = "\n".join(case.name for case in cases(args.device))
-        parser.error(f"nothing to run: give --pcm or --lcm, and with --only some of\n{names}")
+        parser.error("nothing to run: give --pcm, --lcm or both")
+    missing = [case for case in chosen if case.script.checkout not in checkouts]
+    if missing:
+        parser.error(f"--only {missing[0].name!r} needs --{missing[0].script.checkout}, a checkout")
     for case in chosen:
         path = checkouts[case.script.checkout] / case.script.path
         if not path.is_file():

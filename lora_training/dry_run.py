@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 
-import psutil
 import torch
 
 from .loop import Run
@@ -76,6 +75,5 @@ def dry_run(run: Run) -> None:
     seconds = time.perf_counter() - begun
     whole = timedelta(seconds=round(seconds * run.config.optimizer.steps))
     on_gpu = run.accelerator.device.type == "cuda"
-    memory = torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
-    peak = f", {'peak ' if on_gpu else ''}{memory / 2**30:.2f} GiB{'' if on_gpu else ' held after it'}"
+    peak = f", {'peak ' if on_gpu else ''}{run.memory / 2**30:.2f} GiB{'' if on_gpu else ' held after it'}"
     print(f"one step   loss {loss:.4f}, {seconds:.2f} s{peak}; at this pace the run takes {whole} (first steps are slower)")

@@ -343,9 +343,13 @@ class Run:
             shown["skipped"] = str(bad)
         if rate:
             shown["clips/s" if len(self.latent_shape) == 4 else "images/s"] = f"{rate * self.samples:.1f}"
+        return shown | {"memory": f"{self.memory / 2**30:.1f}GiB"}
+
+    @property
+    def memory(self) -> int:
+        """Bytes: on a GPU the most that was allocated since training began, elsewhere what this process holds now."""
         on_gpu = self.accelerator.device.type == "cuda"
-        memory = torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
-        return shown | {"memory": f"{memory / 2**30:.1f}GiB"}
+        return torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
 
     @contextmanager
     def _in_words(self, smaller: Callable[[], str]) -> Iterator[None]:
