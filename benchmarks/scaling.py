@@ -319,9 +319,11 @@ def processes(options: argparse.Namespace) -> list[Point]:
     points = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        pictures = folder / "pictures"
+        pictures.mkdir()
         for i in range(32):
-            Image.new("RGB", (128, 128), (8 * i, 128, 255 - 8 * i)).save(folder / f"{i:03d}.png")
-            (folder / f"{i:03d}.txt").write_text("a red star", encoding="utf-8")
+            Image.new("RGB", (128, 128), (8 * i, 128, 255 - 8 * i)).save(pictures / f"{i:03d}.png")
+            (pictures / f"{i:03d}.txt").write_text("a red star", encoding="utf-8")
         for count in (1, 2):
             launched(folder, count, 1)  # fills the cache
             short, long = launched(folder, count, 2), launched(folder, count, 2 + options.process_steps)
@@ -332,7 +334,7 @@ def processes(options: argparse.Namespace) -> list[Point]:
 def launched(folder: Path, count: int, steps: int) -> float:
     """Seconds of a whole run in so many processes."""
     given = {
-        "config": ROOT / "examples/configs/shapes_pcm4.yaml", "model.path": SHAPES, "data.path": folder,
+        "config": ROOT / "examples/configs/shapes_pcm4.yaml", "model.path": SHAPES, "data.path": folder / "pictures",
         "data.cache": folder / "cache", "output": folder / f"of{count}.safetensors", "optimizer.steps": steps,
         "optimizer.batch_size": 4, "resume": "no", "mixed_precision": "no", "validation.steps": "[1]",
         "validation.guidance_scales": "[1.0]",

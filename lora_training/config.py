@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -467,6 +468,12 @@ class TrainConfig:
         check_finite_settings(self)
         if not self.output.endswith(".safetensors"):
             raise ValueError(f"output must end in .safetensors; got {self.output!r}.")
+        data = Path(self.data.path)
+        if data.is_dir() and Path(self.output).resolve().is_relative_to(data.resolve()):
+            raise ValueError(
+                f"output {self.output} lies within data.path {self.data.path}, where the run's own samples would be taken for "
+                "training pictures. Write it beside that folder."
+            )
         if self.trainable == "unet" and self.lora.init_adapter:
             raise ValueError("lora.init_adapter goes on from an adapter, and trainable: unet has none. Set trainable: lora.")
         self._check_video()

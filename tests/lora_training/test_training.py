@@ -31,10 +31,12 @@ from lora_training.backbones.full_size import ADAPTED_MODULES, full_size_unet
 from lora_training.backbones.sd15 import StableDiffusion15
 from lora_training.checkpoint import load_checkpoint, save_checkpoint
 from lora_training.config import (
+    DataConfig,
     LoraConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
+    TrainConfig,
     ValidationConfig,
 )
 from lora_training.cpu import use_plain_attention
@@ -882,6 +884,17 @@ def test_a_run_ends_well_when_its_launcher_is_asked_to(pictures, tmp_path):
 def test_settings_that_would_fail_or_do_nothing_late_are_refused_at_once(name, value, says):
     with pytest.raises(SystemExit, match=re.escape(says)):
         parse([f"--{name}", str(value)])
+
+
+def test_a_run_that_would_write_among_its_own_pictures_is_refused(tmp_path, monkeypatch):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    monkeypatch.chdir(pictures)
+    for output, folder in ((pictures / "a.safetensors", pictures), ("new/a.safetensors", "."), ("a.safetensors", tmp_path)):
+        with pytest.raises(ValueError, match=r"output .*a\.safetensors lies within data\.path .*Write it beside that folder"):
+            TrainConfig(model=ModelConfig(path="m", family="sd15"), data=DataConfig(path=str(folder)), output=str(output))
+    for output in (tmp_path / "a.safetensors", "../pictures-lora.safetensors"):
+        TrainConfig(model=ModelConfig(path="m", family="sd15"), data=DataConfig(path=str(pictures)), output=str(output))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
