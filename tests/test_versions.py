@@ -15,10 +15,10 @@ ROOT = Path(__file__).parent.parent
 def test_the_lowest_constraints_are_the_lower_bounds():
     tomllib = pytest.importorskip("tomllib")  # Python 3.11
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    bounds = {}
+    bounds: dict[str, Version] = {}  # the highest of them where an extra asks for more
     for requirement in map(Requirement, chain(project["dependencies"], *project["optional-dependencies"].values())):
-        lowest = [Version(part.version) for part in requirement.specifier if part.operator == ">="]
-        bounds[requirement.name] = max(lowest, default=None)
+        for lowest in (Version(part.version) for part in requirement.specifier if part.operator == ">="):
+            bounds[requirement.name] = max(lowest, bounds.get(requirement.name, lowest))
     lines = (ROOT / "constraints-lowest.txt").read_text(encoding="utf-8").splitlines()
     pinned = [line.split("==") for line in lines if not line.startswith("#")]
     assert {"torch", "diffusers", "transformers", "peft", "accelerate"} <= {name for name, _ in pinned}
