@@ -23,12 +23,17 @@ def shard_mesh(accelerator: Accelerator) -> DeviceMesh | None:
     """The processes that share the weights; None if the launch did not ask for FSDP, or there is one process.
 
     Raises:
-        ValueError: FSDP's first version was asked for.
+        ValueError: FSDP's first version was asked for, or a CPU whose torch has no FSDP for it (2.6 has none).
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true" or accelerator.num_processes == 1:
         return None
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise ValueError("Only FSDP's second version is supported: set fsdp_version: 2 in accelerate's configuration.")
+    if accelerator.device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):  # which FSDP calls
+        raise ValueError(
+            f"torch {torch.__version__} has no FSDP on a CPU. Take a newer torch, a GPU, or "
+            "examples/accelerate/two_processes_cpu.yaml, where every process has all weights."
+        )
     return init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
 
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_models
@@ -46,6 +47,7 @@ from lora_training.loop import Interrupted, Run, run
 from lora_training.objectives import ConsistencyObjective
 from lora_training.optimizers import build_optimizer
 from lora_training.randomness import generator_of
+from lora_training.sharding import shard_mesh
 from lora_training.students import TARGET, Adapter, adapted_modules
 from lora_training.teacher import SOLVERS, Levels, guided_prediction
 from lora_training.train import parse
@@ -760,6 +762,15 @@ def test_two_processes_train_one_adapter_on_different_samples(pictures, tmp_path
     assert all(a.isfinite().all() for a, _ in pairs)
 
 
+def test_fsdp_is_refused_where_torch_has_none(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setattr(torch.cpu, "Stream", object)
+    with pytest.raises(ValueError, match=r"no FSDP on a CPU\. Take a newer torch, a GPU, or examples/accelerate"):
+        shard_mesh(SimpleNamespace(num_processes=2, device=torch.device("cpu")))
+
+
+@pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="this torch has no FSDP on a CPU")
 @pytest.mark.parametrize("trainable", ["lora", "unet"])
 def test_fsdp_goes_on_from_a_checkpoint_as_processes_with_whole_networks_do(pictures, tmp_path, trainable):
     """Where weights are kept changes no number: same checkpoint, two more steps, same file."""
