@@ -36,6 +36,7 @@ from measuring import UNMEASURED, Book, Figures, conditions, exponent, in_turns,
 from networks import build_pipeline
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
+from training_step import write_pictures
 
 from lora_training.backbones import FAMILIES, Backbone
 from lora_training.config import DataConfig, LoraConfig, ModelConfig, ObjectiveConfig
@@ -319,11 +320,7 @@ def processes(options: argparse.Namespace) -> list[Point]:
     points = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        pictures = folder / "pictures"
-        pictures.mkdir()
-        for i in range(32):
-            Image.new("RGB", (128, 128), (8 * i, 128, 255 - 8 * i)).save(pictures / f"{i:03d}.png")
-            (pictures / f"{i:03d}.txt").write_text("a red star", encoding="utf-8")
+        write_pictures(folder / "pictures", 128)
         for count in (1, 2):
             launched(folder, count, 1)  # fills the cache
             short, long = launched(folder, count, 2), launched(folder, count, 2 + options.process_steps)
