@@ -1,18 +1,21 @@
-"""What benchmarks share: figures kept from run to run, their tables in README.md, a process for one measurement, a clock."""
+"""What benchmarks share: figures kept from run to run, their tables in README.md, cases by name, a process of one
+measurement, a clock.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import diffusers
 import numpy as np
@@ -23,6 +26,7 @@ HERE = Path(__file__).parent
 README = HERE / "README.md"
 UNMEASURED = "unmeasured"
 
+Case = TypeVar("Case")
 Figures = dict[str, Any]
 """What was measured of one case; JSON."""
 
@@ -94,6 +98,14 @@ def write_section(name: str, text: str) -> None:
     temporary = README.with_suffix(".tmp")
     temporary.write_text(pattern.sub(lambda _: f"<!-- {name} -->\n{text}\n<!-- end -->", before), encoding="utf-8")
     temporary.replace(README)
+
+
+def named_cases(parser: argparse.ArgumentParser, names: Sequence[str], known: Mapping[str, Case], device: str) -> list[Case]:
+    """Those that --only asks for; the parser ends the run with a list of all where a name is of none."""
+    for name in names:
+        if name not in known:
+            parser.error(f"--only {name!r} is no case of {device}; they are:\n" + "\n".join(known))
+    return [known[name] for name in names]
 
 
 def alone(function: Callable[..., Any], *arguments: object) -> Any:

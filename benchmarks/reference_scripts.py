@@ -39,7 +39,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.unets import unet_2d_condition
-from measuring import UNMEASURED, Book, Figures, alone, conditions, synchronize, table, write_section
+from measuring import UNMEASURED, Book, Figures, alone, conditions, named_cases, synchronize, table, write_section
 from networks import build_pipeline, latent_side
 from tqdm import tqdm
 from training_step import OUT_OF_MEMORY, most_resident, write_pictures
@@ -339,10 +339,8 @@ def main() -> None:
 
     checkouts = {name: path.resolve() for name, path in (("pcm", args.pcm), ("lcm", args.lcm)) if path}
     known = {case.name: case for case in cases(args.device)}
-    strange = [name for name in args.only if name not in known]
-    if strange:
-        parser.error(f"--only {strange[0]!r} is no case of {args.device}; they are:\n" + "\n".join(known))
-    chosen = [known[name] for name in args.only] or [case for case in known.values() if case.script.checkout in checkouts]
+    possible = [case for case in known.values() if case.script.checkout in checkouts]
+    chosen = named_cases(parser, args.only, known, args.device) or possible
     if not chosen:
         parser.error("nothing to run: give --pcm, --lcm or both")
     missing = [case for case in chosen if case.script.checkout not in checkouts]

@@ -38,7 +38,19 @@ from typing import Any, Protocol
 from unittest import mock
 
 import torch
-from measuring import UNMEASURED, Book, Figures, alone, conditions, peak_operations, seconds, synchronize, table, write_section
+from measuring import (
+    UNMEASURED,
+    Book,
+    Figures,
+    alone,
+    conditions,
+    named_cases,
+    peak_operations,
+    seconds,
+    synchronize,
+    table,
+    write_section,
+)
 from networks import build_pipeline, build_unet, latent_side
 from peft.tuners.lora import LoraLayer
 from PIL import Image
@@ -441,13 +453,10 @@ def main() -> None:
     if args.render:
         return show(Book(args.figures), write=True)
     known = {case.name: case for case in cases(args.device)}
-    strange = [name for name in args.only if name not in known]
-    if strange:
-        parser.error(f"--only {strange[0]!r} is no case of {args.device}; they are:\n" + "\n".join(known))
+    chosen = named_cases(parser, args.only, known, args.device) or list(known.values())
     if args.device == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"
     book = Book(args.figures)
-    chosen = [known[name] for name in args.only] or list(known.values())
     counted: dict[tuple[str, str, bool], float | None] = {}
     print(conditions(args.device), flush=True)
     with tempfile.TemporaryDirectory() as temporary:

@@ -12,7 +12,7 @@ import pytest
 import scaling
 import tiny_models
 import torch
-from measuring import Book, Clock, alone, exponent, write_section
+from measuring import Book, Clock, alone, exponent, named_cases, write_section
 from reference_scripts import Case, Marks, Script, timed
 from reference_step import ReferenceStep
 from training_runs import config_for
@@ -197,3 +197,14 @@ def test_figures_are_kept_by_device_and_tables_are_put_in_their_place(tmp_path, 
     )
     with pytest.raises(ValueError, match="no <!-- third -->"):
         write_section("third", "")
+
+
+def test_cases_are_chosen_by_name_and_an_unknown_one_is_answered_with_all_names(capsys):
+    parser, known = argparse.ArgumentParser(), {"batch 1": 10, "batch 8": 80}
+    assert named_cases(parser, ["batch 8", "batch 1"], known, "cpu") == [80, 10]
+    assert named_cases(parser, [], known, "cpu") == []
+    with pytest.raises(SystemExit):
+        named_cases(parser, ["batch 1", "batch 2"], known, "cpu")
+    told = capsys.readouterr().err
+    assert "'batch 2' is no case of cpu" in told
+    assert all(name in told for name in known)
