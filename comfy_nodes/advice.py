@@ -80,10 +80,10 @@ def fit_advice(sdxl: bool, prediction_type: str | None, settings: AdapterSetting
     Args:
         sdxl: whether the model is of that family.
         prediction_type: of the model as it is patched; None: none of those that adapters state.
-        settings: of the adapter, if it is known; those that are guessed say nothing.
+        settings: of the adapter, if it is known; those of a file that says nothing name neither.
     """
     said: list[str] = []
-    if settings is None or settings.inferred:
+    if settings is None or settings.assumed:
         return said
     if sdxl != (settings.base_model == "sdxl"):
         said.append(f"The settings are of an adapter for {settings.base_model}, and the model is {'' if sdxl else 'not '}SDXL.")
@@ -100,12 +100,14 @@ def grid_advice(sdxl: bool, settings: AdapterSettings | None, num_solver_steps: 
 
     Args:
         sdxl: whether the model is of that family.
-        settings: of the adapter, if it is known.
-        num_solver_steps: of the node.
+        settings: of the adapter, if it is known; those of a file that says nothing hold what their node was told.
+        num_solver_steps: of the grid.
     """
-    if not sdxl or settings is not None or num_solver_steps != SOLVER_STEPS["sd15"]:
+    told = settings is None or settings.assumed
+    if not sdxl or not told or num_solver_steps != SOLVER_STEPS["sd15"]:
         return []
+    way_out = "Connect settings, or set it to" if settings is None else "On the node that gives the settings, set it to"
     return [
-        f"The model is SDXL and num_solver_steps is {num_solver_steps}, which is for SD1.5. Connect settings, or set it to "
+        f"The model is SDXL and num_solver_steps is {num_solver_steps}, which is for SD1.5. {way_out} "
         f"{SOLVER_STEPS['sdxl']}, unless the adapter was trained on {num_solver_steps}."
     ]

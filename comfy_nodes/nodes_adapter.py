@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from typing import Any
 
 import folder_paths
 from comfy_api.latest import io
 
-from ..pcm_scheduler.lora_file import AdapterSettings, read_settings, read_tensors, with_overrides
+from ..pcm_scheduler.lora_file import SOLVER_STEPS, AdapterSettings, read_settings, read_tensors, with_overrides
 from .face import HIDDEN, say
 from .inputs import CATEGORY, Settings
 from .lora import with_lora
+from .sampling import is_sdxl
 
 
 def recommended(settings: AdapterSettings) -> tuple[int, float, float]:
@@ -77,8 +77,14 @@ def settings_outputs() -> list[Any]:
     ]
 
 
-def settings_of(lora_name: str, num_phases: int, num_solver_steps: int) -> tuple[str, AdapterSettings, AdapterSettings | None]:
+def settings_of(
+    lora_name: str, num_phases: int, num_solver_steps: int, family: str = "sd15"
+) -> tuple[str, AdapterSettings, AdapterSettings | None]:
     """The path of a file in models/loras, its settings, and those that it states.
+
+    Args:
+        lora_name, num_phases, num_solver_steps: of the node.
+        family: of the model, as far as it is known: its usual grid is taken when neither file nor node says one.
 
     Raises:
         ValueError: the file says nothing of its phases and neither does the node.
@@ -88,12 +94,13 @@ def settings_of(lora_name: str, num_phases: int, num_solver_steps: int) -> tuple
     if stated is None and not num_phases:
         raise ValueError(
             f"{lora_name} does not say how it was trained: it has no header of ours and is none of the published files. Set "
-            "num_phases, and num_solver_steps if it is not 50."
+            f"num_phases, and num_solver_steps if it is not {SOLVER_STEPS[family]}."
         )
+    if stated is None:
+        num_solver_steps = num_solver_steps or SOLVER_STEPS[family]
     given = {"num_phases": num_phases or None, "num_solver_steps": num_solver_steps or None}
     steps = steps_for(stated, num_phases, num_solver_steps)
-    settings = with_overrides(stated, **given, num_inference_steps=steps)
-    return path, settings if stated is not None else replace(settings, inferred=True), stated
+    return path, with_overrides(stated, **given, num_inference_steps=steps), stated
 
 
 def steps_for(stated: AdapterSettings | None, num_phases: int, num_solver_steps: int) -> int:
@@ -101,11 +108,11 @@ def steps_for(stated: AdapterSettings | None, num_phases: int, num_solver_steps:
 
     Args:
         stated: of the file.
-        num_phases, num_solver_steps: of the node; 0: as the file says.
+        num_phases, num_solver_steps: of the node; 0: as the file says, if it says something.
     """
     if stated is not None:
         return min(stated.num_inference_steps, num_solver_steps or stated.num_solver_steps)
-    return min(num_phases if num_phases > 1 else 4, num_solver_steps or 50)
+    return min(num_phases if num_phases > 1 else 4, num_solver_steps)
 
 
 class FileNode(io.ComfyNode):
@@ -159,11 +166,17 @@ class PCMLoraLoader(FileNode):
     def execute(
         cls, model: Any, lora_name: str, strength_model: float, num_phases: int = 0, num_solver_steps: int = 0
     ) -> io.NodeOutput:
-        path, settings, stated = settings_of(lora_name, num_phases, num_solver_steps)
+        family = "sdxl" if is_sdxl(model) else "sd15"
+        path, settings, stated = settings_of(lora_name, num_phases, num_solver_steps, family)
         said = [in_words(settings, stated)]
+        if stated is None and not num_solver_steps and family == "sdxl":
+            said.append(
+                f"The file says nothing and the model is SDXL, so {settings.num_solver_steps} points are taken. If it was "
+                "trained on another number, set num_solver_steps."
+            )
         if strength_model:
-            family = settings.base_model if stated else None
-            model, more = with_lora(model, *read_tensors(path), strength_model, family)
+            stated_family = settings.base_model if stated else None
+            model, more = with_lora(model, *read_tensors(path), strength_model, stated_family)
             said += more
         return io.NodeOutput(model, settings, *recommended(settings), ui=say(cls, *said))
 

@@ -77,6 +77,7 @@ class AdapterSettings:
         num_inference_steps: recommended steps.
         eta: recommended; 0 deterministic, 1 stochastic as LCM is.
         inferred: guessed from a published file's name or hash instead of stated by who trained it.
+        assumed: the file says nothing; the phases and points are what somebody told, all else, the family too, is a default.
         beta_schedule: of the noise in training, as diffusers names it; None: that of whatever model it is used with.
         beta_start, beta_end: of that schedule; None: as `beta_schedule`.
 
@@ -94,6 +95,7 @@ class AdapterSettings:
     num_inference_steps: int = 4
     eta: float = 0.0
     inferred: bool = False
+    assumed: bool = False
     beta_schedule: str | None = None
     beta_start: float | None = None
     beta_end: float | None = None
@@ -130,7 +132,7 @@ class AdapterSettings:
 
     def to_header(self) -> dict[str, str]:
         """As strings under `pcm.*`, which is all that a safetensors header holds."""
-        values = {name: value for name, value in asdict(self).items() if value is not None and (name != "inferred" or value)}
+        values = {name: value for name, value in asdict(self).items() if value is not None and value is not False}
         values["phase_edges"] = ",".join(map(str, self.phase_edges))
         return {HEADER_PREFIX + "version": HEADER_VERSION} | {HEADER_PREFIX + k: str(v) for k, v in values.items()}
 
@@ -579,7 +581,7 @@ def with_overrides(settings: AdapterSettings | None, **overrides: object) -> Ada
             "Pass num_phases or phase_edges, and num_solver_steps if it is not 50."
         )
     if settings is None:
-        settings = AdapterSettings(base_model="sd15", phase_edges=(0, 999), num_solver_steps=50)
+        settings = AdapterSettings(base_model="sd15", phase_edges=(0, 999), num_solver_steps=50, assumed=True)
     solver_steps = given.get("num_solver_steps", settings.num_solver_steps)
     if num_phases is None and "phase_edges" not in given and settings.grid.is_even:  # on another grid, even edges stay even
         num_phases = settings.grid.num_phases

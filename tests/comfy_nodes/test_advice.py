@@ -60,8 +60,10 @@ def test_an_adapter_of_another_kind_of_model_is_pointed_out(words: ModuleType) -
     assert words.fit_advice(False, "epsilon", SMALLCFG) == words.fit_advice(False, None, SMALLCFG) == []
     video = dataclasses.replace(SMALLCFG, base_model="animatediff")
     assert words.fit_advice(False, "epsilon", video) == []
-    guessed = dataclasses.replace(SMALLCFG, inferred=True)
-    assert words.fit_advice(True, "v_prediction", guessed) == words.fit_advice(True, "v_prediction", None) == []
+    published = dataclasses.replace(SMALLCFG, inferred=True)  # their family is known
+    assert len(words.fit_advice(True, "v_prediction", published)) == 2
+    silent = dataclasses.replace(SMALLCFG, assumed=True)
+    assert words.fit_advice(True, "v_prediction", silent) == words.fit_advice(True, "v_prediction", None) == []
 
 
 def test_one_text_for_both_prompts_is_no_negative_prompt(words: ModuleType) -> None:
@@ -76,3 +78,7 @@ def test_the_grid_of_sd15_on_sdxl_is_pointed_out(words: ModuleType) -> None:
     assert "set it to 40" in said
     assert words.grid_advice(True, None, 40) == words.grid_advice(False, None, 50) == []
     assert words.grid_advice(True, SMALLCFG, 50) == []  # the settings count
+    silent = dataclasses.replace(SMALLCFG, assumed=True)  # in which the points are what a node was told
+    (said,) = words.grid_advice(True, silent, 50)
+    assert "On the node that gives the settings, set it to 40" in said
+    assert words.grid_advice(True, silent, 40) == words.grid_advice(False, silent, 50) == []

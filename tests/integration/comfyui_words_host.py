@@ -202,6 +202,13 @@ known = lora_file.AdapterSettings("sdxl", (0, 239, 499, 739, 999), 50)
 found["xl"]["settings"] = on_faces(xl, 1.0, settings=known)
 stated = lora_file.AdapterSettings("sd15", (0, 239, 499, 739, 999), 50)
 found["xl"]["other_family"] = on_faces(xl, 1.0, settings=stated)
+published = lora_file.published_settings("pcm_sd15_smallcfg_4step")
+found["xl"]["published"] = on_faces(xl, 1.0, settings=published)
+unread = ours["PCMLoraSettings"].execute("silent.safetensors", 4, 0)[0]
+found["xl"]["silent"] = on_faces(xl, 1.0, settings=unread)
+through_loader = ours["PCMLoraLoader"].execute(xl, "silent.safetensors", 1.0, 4, 0)
+found["xl"]["loaded"] = [text(through_loader), *on_faces(xl, 1.0, settings=through_loader[1])]
+found["xl"]["points"] = through_loader[1].num_solver_steps
 
 
 class Velocity(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.V_PREDICTION):

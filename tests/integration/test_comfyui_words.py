@@ -130,10 +130,20 @@ def test_a_picture_that_no_bicubic_filter_makes_is_refused_with_a_way_out(found)
 def test_the_grid_of_sd15_on_sdxl_is_pointed_out(found):
     assert all("num_solver_steps is 50, which is for SD1.5" in text for text in found["xl"]["50"])
     assert not any("num_solver_steps" in text for text in found["xl"]["40"] + found["xl"]["settings"])
+    assert all("set it to 40" in text for text in found["xl"]["silent"])
+
+
+def test_a_file_that_says_nothing_has_sdxls_grid_on_sdxl(found):
+    loader, *others = found["xl"]["loaded"]
+    assert found["xl"]["points"] == 40
+    assert "the model is SDXL, so 40 points are taken" in loader
+    assert not any("num_solver_steps" in text for text in others)
+    assert "points are taken" not in found["loaded"]["silent"]["text"]
 
 
 def test_an_adapter_of_another_kind_of_model_is_pointed_out(found):
-    assert all("of an adapter for sd15, and the model is SDXL" in text for text in found["xl"]["other_family"])
+    for settings in ("other_family", "published"):
+        assert all("of an adapter for sd15, and the model is SDXL" in text for text in found["xl"][settings])
     assert all("predicts epsilon, and this one predicts v_prediction" in text for text in found["velocity"]["stated"])
     assert not any("predicts" in text for text in found["velocity"]["silent"])
     assert found["sd2"].startswith("ValueError: This adapter is for sd15, and the model is SD20")

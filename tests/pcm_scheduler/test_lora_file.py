@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import struct
@@ -126,6 +127,13 @@ def test_uneven_edges_stay_on_another_grid_of_the_solver_or_are_refused():
         with_overrides(uneven, num_solver_steps=25)
     even = AdapterSettings("sd15", PhaseGrid.even(4).edges, 50)
     assert with_overrides(even, num_solver_steps=40).phase_edges == PhaseGrid.even(4, 40).edges
+
+
+def test_settings_that_no_file_states_are_assumed():
+    assumed, stated = with_overrides(None, num_phases=2), AdapterSettings("sd15", PhaseGrid.even(2).edges, 50)
+    assert assumed == dataclasses.replace(stated, assumed=True)
+    assert AdapterSettings.from_header(assumed.to_header()) == assumed
+    assert "pcm.assumed" not in stated.to_header()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
