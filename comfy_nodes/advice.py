@@ -6,8 +6,19 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from ..pcm_scheduler.lora_file import SOLVER_STEPS, AdapterSettings
+import torch
 
+from ..pcm_scheduler.lora_file import SOLVER_STEPS, AdapterSettings
+from ..pcm_scheduler.noise_schedule import make_alphas_cumprod, make_betas
+
+EVOLVED_SCHEDULES = {
+    "linear": "sqrt_linear (AnimateDiff)",
+    "scaled_linear": "linear (HotshotXL/default)",
+    "squaredcos_cap_v2": "squaredcos_cap_v2",
+}
+"""What AnimateDiff-Evolved calls diffusers' beta schedules."""
+
+_BETA_RANGE = (0.00085, 0.012)  # Stable Diffusion's, which ComfyUI and AnimateDiff-Evolved have too
 _TEXTS = ("text", "text_g", "text_l", "prompt", "string", "value")
 
 
@@ -111,3 +122,29 @@ def grid_advice(sdxl: bool, settings: AdapterSettings | None, num_solver_steps: 
         f"The model is SDXL and num_solver_steps is {num_solver_steps}, which is for SD1.5. {way_out} "
         f"{SOLVER_STEPS['sdxl']}, unless the adapter was trained on {num_solver_steps}."
     ]
+
+
+def betas_advice(sigmas: torch.Tensor, settings: AdapterSettings | None) -> list[str]:
+    """Sentences on noise levels that the adapter was not trained on.
+
+    Args:
+        sigmas: sigma / alpha at every training timestep of the model as it is patched, (T,).
+        settings: of the adapter, if it is known; those that state no betas fit any.
+    """
+    zero_snr = sigmas[-1] > 1000  # which moves the whole table: other numbers then are no other schedule
+    if settings is None or settings.beta_schedule is None or zero_snr:
+        return []
+    stated = (settings.beta_start, settings.beta_end)
+    first, last = (default if value is None else value for value, default in zip(stated, _BETA_RANGE, strict=True))
+    alphas_cumprod = make_alphas_cumprod(make_betas(settings.beta_schedule, first, last, len(sigmas)))
+    middle = len(sigmas) // 2
+    trained, here = (1 / alphas_cumprod - 1)[middle].sqrt().item(), sigmas[middle].item()
+    if math.isclose(here, trained, rel_tol=0.03):  # schedules differ by a tenth and more there
+        return []
+    said = (
+        f"The adapter was trained on {settings.beta_schedule} betas from {first:g} to {last:g}, and the model has others: at "
+        f"timestep {middle} its sigma is {here:.2f} instead of {trained:.2f}, so pictures suffer."
+    )
+    if (first, last) == _BETA_RANGE:
+        said += f" In AnimateDiff-Evolved, set beta_schedule to {EVOLVED_SCHEDULES[settings.beta_schedule]}."
+    return [said]

@@ -10,8 +10,8 @@ from comfy_api.latest import io, ui
 
 from ..pcm_scheduler.lora_file import AdapterSettings
 from ..pcm_scheduler.phases import PhaseGrid
-from .advice import advice, fit_advice, grid_advice, negative_prompt
-from .sampling import is_sdxl, prediction_type_of
+from .advice import advice, betas_advice, fit_advice, grid_advice, negative_prompt
+from .sampling import is_sdxl, prediction_type_of, table_of
 
 HIDDEN = [io.Hidden.prompt, io.Hidden.unique_id]
 """What a node's schema asks for, for the functions here."""
@@ -44,7 +44,8 @@ def finite_advice(finite: bool) -> list[str]:
 def model_advice(model: Any, grid: PhaseGrid, settings: AdapterSettings | None) -> list[str]:
     """What does not go together of a model and the adapter whose settings these are, in sentences."""
     sdxl = is_sdxl(model)
-    return fit_advice(sdxl, prediction_type_of(model), settings) + grid_advice(sdxl, settings, grid.num_solver_steps)
+    said = fit_advice(sdxl, prediction_type_of(model), settings) + grid_advice(sdxl, settings, grid.num_solver_steps)
+    return said + betas_advice(table_of(model.get_model_object("model_sampling")), settings)
 
 
 def sampling_advice(

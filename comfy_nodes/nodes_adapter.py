@@ -9,6 +9,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..pcm_scheduler.lora_file import SOLVER_STEPS, AdapterSettings, read_settings, read_tensors, with_overrides
+from .advice import EVOLVED_SCHEDULES
 from .face import HIDDEN, say
 from .inputs import CATEGORY, Settings
 from .lora import with_lora
@@ -32,11 +33,11 @@ def in_words(settings: AdapterSettings, stated: AdapterSettings | None) -> str:
     if stated == settings:
         source = f"{settings.base_model}, " + ("guessed from its name or hash" if settings.inferred else "as the file says")
     steps, cfg, eta = recommended(settings)
+    betas = settings.beta_schedule
     return (
         f"{grid.num_phases} phases, {steps} steps, cfg {cfg:g}, eta {eta:g}\n({source})\n"
         f"edges {', '.join(map(str, grid.edges))} of {grid.num_solver_steps} points; predicts {settings.prediction_type}"
-        + (f"\ntrained on {settings.beta_schedule} betas" if settings.beta_schedule else "")
-        + (", which AnimateDiff-Evolved calls sqrt_linear (AnimateDiff)" if settings.beta_schedule == "linear" else "")
+        + (f"\ntrained on {betas} betas, which AnimateDiff-Evolved calls {EVOLVED_SCHEDULES[betas]}" if betas else "")
     )
 
 

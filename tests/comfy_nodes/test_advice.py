@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 
 from pcm_scheduler.lora_file import AdapterSettings
+from pcm_scheduler.noise_schedule import BETA_SCHEDULES, make_alphas_cumprod, make_betas, rescale_zero_terminal_snr
 
 ROOT = Path(__file__).parents[2]
 SMALLCFG = AdapterSettings("sd15", (0, 239, 499, 739, 999), 50)
@@ -82,3 +83,35 @@ def test_the_grid_of_sd15_on_sdxl_is_pointed_out(words: ModuleType) -> None:
     (said,) = words.grid_advice(True, silent, 50)
     assert "On the node that gives the settings, set it to 40" in said
     assert words.grid_advice(True, silent, 40) == words.grid_advice(False, silent, 50) == []
+
+
+@pytest.mark.parametrize("trained", BETA_SCHEDULES)
+@pytest.mark.parametrize("sampled", ["linear", "scaled_linear"])
+def test_betas_that_the_adapter_was_not_trained_on_are_pointed_out(words: ModuleType, trained: str, sampled: str) -> None:
+    betas = make_betas(sampled, 0.00085, 0.012, 1000)
+    sigmas = (1 / make_alphas_cumprod(betas) - 1).sqrt()
+    said = words.betas_advice(sigmas, dataclasses.replace(SMALLCFG, beta_schedule=trained))
+    if trained == sampled:
+        assert said == []
+    else:
+        assert f"trained on {trained} betas from 0.00085 to 0.012, and the model has others" in said[0]
+        assert f"set beta_schedule to {words.EVOLVED_SCHEDULES[trained]}." in said[0]
+    assert words.betas_advice(sigmas, SMALLCFG) == words.betas_advice(sigmas, None) == []
+    zero_snr = (1 / make_alphas_cumprod(rescale_zero_terminal_snr(betas)) - 1).sqrt()
+    assert words.betas_advice(zero_snr, dataclasses.replace(SMALLCFG, beta_schedule=trained)) == []
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_betas_that_are_none_are_pointed_out_too(words: ModuleType, beta: float) -> None:
+    """A file may state them."""
+    sigmas = (1 / make_alphas_cumprod(make_betas("linear", 0.00085, 0.012, 1000)) - 1).sqrt()
+    settings = dataclasses.replace(SMALLCFG, beta_schedule="linear", beta_start=beta, beta_end=beta)
+    assert len(words.betas_advice(sigmas, settings)) == 1
+
+
+def test_betas_of_another_range_are_told_by_their_numbers(words: ModuleType) -> None:
+    alphas_cumprod = make_alphas_cumprod(make_betas("scaled_linear", 0.00085, 0.012, 1000))
+    settings = dataclasses.replace(SMALLCFG, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.02)
+    (said,) = words.betas_advice((1 / alphas_cumprod - 1).sqrt(), settings)
+    assert "from 0.00085 to 0.02" in said
+    assert "AnimateDiff-Evolved" not in said  # which has no name for it

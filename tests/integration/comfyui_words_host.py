@@ -5,6 +5,7 @@ Prints JSON.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import sys
@@ -209,6 +210,12 @@ found["xl"]["silent"] = on_faces(xl, 1.0, settings=unread)
 through_loader = ours["PCMLoraLoader"].execute(xl, "silent.safetensors", 1.0, 4, 0)
 found["xl"]["loaded"] = [text(through_loader), *on_faces(xl, 1.0, settings=through_loader[1])]
 found["xl"]["points"] = through_loader[1].num_solver_steps
+
+
+found["betas"] = {
+    betas: on_faces(model, 1.0, settings=dataclasses.replace(stated, beta_schedule=betas))
+    for betas in ("linear", "scaled_linear")
+}
 
 
 class Velocity(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.V_PREDICTION):

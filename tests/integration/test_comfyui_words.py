@@ -149,6 +149,12 @@ def test_an_adapter_of_another_kind_of_model_is_pointed_out(found):
     assert found["sd2"].startswith("ValueError: This adapter is for sd15, and the model is SD20")
 
 
+def test_betas_that_the_adapter_was_not_trained_on_are_pointed_out(found):
+    said = "set beta_schedule to sqrt_linear (AnimateDiff)"
+    assert all(said in text for text in found["betas"]["linear"])
+    assert not any("beta_schedule" in text for text in found["betas"]["scaled_linear"])
+
+
 def test_an_adapter_without_alpha_is_pointed_out(found):
     assert f"says no alpha of {found['modules']} modules" in found["loaded"]["no_alpha"]["text"]
     assert "no alpha" not in found["loaded"]["kohya"]["text"]
