@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import folder_paths
 from comfy_api.latest import io
 
-from ..pcm_scheduler.lora_file import SOLVER_STEPS, AdapterSettings, read_settings, read_tensors, with_overrides
+from ..pcm_scheduler.lora_file import (
+    PEFT_CONFIG,
+    SOLVER_STEPS,
+    AdapterSettings,
+    read_lora_tensors,
+    read_settings,
+    with_overrides,
+)
 from .advice import EVOLVED_SCHEDULES
 from .face import HIDDEN, say
 from .inputs import CATEGORY, Settings
@@ -126,13 +134,16 @@ class FileNode(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name: str | None = None, **_: Any) -> tuple[int, int]:
-        """Another file of the same name is read anew. ComfyUI passes None for a name that another node will give."""
+    def fingerprint_inputs(cls, lora_name: str | None = None, **_: Any) -> tuple[int, ...]:
+        """Another file of the same name is read anew, or another configuration of PEFT's beside it.
+
+        ComfyUI passes None for a name that another node will give.
+        """
         path = folder_paths.get_full_path("loras", lora_name) if lora_name is not None else None
         if path is None:
             return 0, 0
-        found = os.stat(path)
-        return found.st_mtime_ns, found.st_size
+        found = [os.stat(file) for file in (path, Path(path).with_name(PEFT_CONFIG)) if os.path.isfile(file)]
+        return tuple(number for file in found for number in (file.st_mtime_ns, file.st_size))
 
 
 class PCMLoraLoader(FileNode):
@@ -177,7 +188,7 @@ class PCMLoraLoader(FileNode):
             )
         if strength_model:
             stated_family = settings.base_model if stated else None
-            model, more = with_lora(model, *read_tensors(path), strength_model, stated_family)
+            model, more = with_lora(model, *read_lora_tensors(path), strength_model, stated_family)
             said += more
         return io.NodeOutput(model, settings, *recommended(settings), ui=say(cls, *said))
 

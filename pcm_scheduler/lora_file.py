@@ -279,25 +279,29 @@ def read_lora(path: str | os.PathLike) -> LoraTensors:
         FileNotFoundError: no such file.
         ValueError: not a safetensors file, or no LoRA of a UNet; what is wrong.
     """
-    tensors, header = read_tensors(path)
+    tensors, header = read_lora_tensors(path)
     try:
-        return sort_tensors(tensors, header | _peft_config(path, tensors, header))
+        return sort_tensors(tensors, header)
     except ValueError as error:
         raise ValueError(f"{path} {error}") from error
 
 
-def _peft_config(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], header: Mapping[str, str]) -> dict[str, str]:
-    """What PEFT's `save_pretrained` says of alpha, which it writes in a file beside the tensors and nowhere else.
+def read_lora_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """`read_tensors`, and in the header also what PEFT says of alpha, as `sort_tensors` looks for it.
+
+    PEFT's `save_pretrained` writes that in a file beside the tensors and nowhere else.
 
     Raises:
-        ValueError: the file beside is longer than any configuration.
+        FileNotFoundError: no such file.
+        ValueError: not a safetensors file, or the file beside is longer than any configuration.
     """
+    tensors, header = read_tensors(path)
     config = Path(path).with_name(PEFT_CONFIG)
     if METADATA_KEY in header or not any(key.startswith(PEFT_PREFIX) for key in tensors) or not config.is_file():
-        return {}
+        return tensors, header
     if config.stat().st_size > _LONGEST_CONFIG:
-        raise ValueError(f"has beside it a {PEFT_CONFIG} of {config.stat().st_size} bytes, more than {_LONGEST_CONFIG}")
-    return {METADATA_KEY: config.read_text(encoding="utf-8", errors="replace")}
+        raise ValueError(f"{path} has beside it a {PEFT_CONFIG} of {config.stat().st_size} bytes, more than {_LONGEST_CONFIG}")
+    return tensors, header | {METADATA_KEY: config.read_text(encoding="utf-8", errors="replace")}
 
 
 def read_whole_lora(path: str | os.PathLike) -> LoraTensors:

@@ -82,6 +82,10 @@ write("wide", wide, HEADER)
 write("other_shapes", {key: tensor for key, tensor in wide.items() if "attn2_to_k" in key}, HEADER)
 broken = "unet.mid_block.attentions.0.proj_in.lora_B.weight"
 write("not_finite", diffusers | {broken: torch.full_like(diffusers[broken], torch.nan)}, stated)
+(LORAS / "peft").mkdir()
+peft = {key.replace("unet.", "base_model.model.", 1): tensor for key, tensor in diffusers.items()}
+write("peft/adapter_model", peft, HEADER)
+(LORAS / "peft" / lora_file.PEFT_CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 0.5}))
 write("garbled", diffusers, HEADER | {layouts.METADATA_KEY: "{"})
 write("half", {key: tensor for key, tensor in diffusers.items() if key != broken}, stated)
 write("no_alpha", {key: tensor for key, tensor in kohya.items() if not key.endswith("alpha")}, HEADER)
@@ -97,8 +101,8 @@ def loaded(name, num_phases=0, num_solver_steps=0):
     return {"text": out.ui.as_dict()["text"][0], "recommended": list(out[2:5]), "latents": latents.flatten().tolist()}
 
 
-names = ("kohya", "silent", "unguided", "diffusers", "old", "loha", "wide", "other_shapes", "garbled", "half")
-names += ("no_down", "no_up", "not_finite", "no_alpha")
+names = ("kohya", "silent", "unguided", "diffusers", "old", "peft/adapter_model", "loha", "wide", "other_shapes", "garbled")
+names += ("half", "no_down", "no_up", "not_finite", "no_alpha")
 found = {"modules": len(kohya) // 3, "wide_modules": sum("attn2_to_k.alpha" in key for key in wide)}
 found["loaded"] = {name: attempt(loaded, name, 4 if name == "silent" else 0) for name in names}
 plain = ours["PCMKSampler"].execute(model, 1, 4, 1.0, 0.0, positive, negative, empty, 1.0)[0]["samples"]
@@ -120,6 +124,11 @@ found["fingerprints"] = [
     for node in ("PCMLoraLoader", "PCMLoraSettings")
     for name in (None, "nowhere.safetensors", "kohya.safetensors")
 ]
+
+by_peft = {"lora_name": "peft/adapter_model.safetensors"}
+before = ours["PCMLoraLoader"].fingerprint_inputs(**by_peft)
+(LORAS / "peft" / lora_file.PEFT_CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 16}))
+found["config_is_in_the_fingerprint"] = before != ours["PCMLoraLoader"].fingerprint_inputs(**by_peft)
 
 
 # ------------------------------------------------------------------------------------------------------- pictures

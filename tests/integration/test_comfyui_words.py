@@ -32,9 +32,9 @@ def distance(first, second):
     return ((first - second).norm() / second.norm()).item()
 
 
-@pytest.mark.parametrize("layout", ["diffusers", "old"])
+@pytest.mark.parametrize("layout", ["diffusers", "old", "peft/adapter_model"])
 def test_an_adapter_draws_the_same_in_every_layout(found, layout):
-    """alpha / rank is 1/8, and in these files alpha is in the header: without it they would act 8 times as strongly."""
+    """alpha / rank is 1/8. Alpha is in the header or, of PEFT's, in a file beside: without it they act 8 times as strongly."""
     kohya = found["loaded"]["kohya"]
     assert distance(kohya["latents"], found["plain"]) > 1e-2
     loaded = found["loaded"][layout]
@@ -93,6 +93,7 @@ def test_a_linked_file_name_leaves_caching_on(found):
     for linked, missing, there in (found["fingerprints"][:3], found["fingerprints"][3:]):
         assert linked == missing == [0, 0]
         assert min(there) > 0
+    assert found["config_is_in_the_fingerprint"]
 
 
 @pytest.mark.parametrize("node", ["PCMInpaint", "PCMColorize"])
