@@ -174,7 +174,7 @@ class PCMStepSheet(PhaseNode):
         # One bar over the whole sheet. No previews: the front-end would show the last of them instead of the sheet.
         bar = comfy.utils.ProgressBar(len(rows) * sum(counts))
         pictures: list[list[torch.Tensor]] = []
-        finite = True
+        finite, unscheduled = True, []
         for row in rows:
             pictures.append([])
             for steps in counts:
@@ -184,6 +184,11 @@ class PCMStepSheet(PhaseNode):
                     sampler = comfy.samplers.sampler_object(row.sampler)
                     stock = comfy.samplers.KSampler(model, steps, model.load_device, row.sampler, row.scheduler)
                     sigmas = stock.sigmas  # some samplers leave one out
+                if not sigmas.isfinite().all():  # kl_optimal's of 1 step
+                    unscheduled.append(f"{row.name} at {steps}")
+                    bar.update(steps)
+                    pictures[-1].append(torch.zeros_like(pictures[0][0]))
+                    continue
                 drawn = sample_latent(
                     model, seed, cfg, sampler, sigmas, positive, negative, latent, callback=lambda *_: bar.update(1)
                 )
@@ -193,5 +198,10 @@ class PCMStepSheet(PhaseNode):
         sheet = contact_sheet(pictures, [row.name for row in rows], columns)
         every = torch.stack([picture for row in pictures for picture in row])
         said = [f"PCM: {grid.num_phases} phases on {grid.num_solver_steps} points"]
+        if unscheduled:
+            said.append(
+                f"Left black, for ComfyUI's scheduler gives numbers that are not finite: {'; '.join(unscheduled)}. Choose "
+                "another scheduler or other step_counts."
+            )
         said += finite_advice(finite) + sampling_advice(cls, model, grid, cfg, eta, settings)
         return io.NodeOutput(sheet, every, ui=ui.PreviewImage(sheet, cls=cls).as_dict() | say(cls, *said).as_dict())

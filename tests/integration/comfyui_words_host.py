@@ -254,6 +254,11 @@ found["cfg_0_follows"] = {
     "negative": (drawn_at(0.0, positive, negative) - drawn_at(0.0, positive, positive)).abs().max().item(),
 }
 
+unscheduled = {"compare_with": "euler simple\neuler kl_optimal", "step_counts": "1 2", "cfg": 1.0, "eta": 0.0, "seed": 1}
+prompts = {"positive": positive, "negative": negative, "latent_image": empty}
+sheet = ours["PCMStepSheet"].execute(model=model, vae=BlockVAE(), **prompts, **unscheduled)
+found["unscheduled"] = {"text": text(sheet), "brightest": sheet[1].amax(dim=(1, 2, 3)).tolist()}
+
 
 class Progress:
     """Of a server, as far as a node's face needs one."""

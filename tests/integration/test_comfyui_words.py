@@ -168,6 +168,13 @@ def test_a_run_that_is_not_finite_says_so_every_time(found):
     assert not any("not finite" in text for text in found["cfg"]["1.0"])
 
 
+def test_a_scheduler_without_a_schedule_is_not_the_models_fault(found):
+    """kl_optimal divides by one less than the steps."""
+    assert "not finite: euler, kl_optimal at 1. Choose another" in found["unscheduled"]["text"]
+    assert "The model gave" not in found["unscheduled"]["text"]
+    assert [brightest > 0 for brightest in found["unscheduled"]["brightest"]] == [True, True, True, True, False, True]
+
+
 def test_words_go_to_the_client_that_asked(found):
     assert found["sent"] == ["one\ntwo", "7", "client"]
 
