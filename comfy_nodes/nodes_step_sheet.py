@@ -140,12 +140,17 @@ class PCMStepSheet(PhaseNode):
         num_phases: int | None = 4,
         num_solver_steps: int | None = 50,
     ) -> bool | str:
-        try:
-            read_steps(step_counts) if step_counts is not None else None
-            read_rows(compare_with) if compare_with is not None else None
-        except ValueError as error:
-            return str(error)
-        return super().validate_inputs(settings, num_phases, num_solver_steps)
+        """As of every `PhaseNode`, and the two texts.
+
+        Raises:
+            ValueError: what is wrong. ComfyUI shows it once; what is returned it shows for every input that is named here.
+        """
+        read_steps(step_counts) if step_counts is not None else None
+        read_rows(compare_with) if compare_with is not None else None
+        fits = super().validate_inputs(settings, num_phases, num_solver_steps)
+        if fits is not True:
+            raise ValueError(fits)
+        return fits
 
     @classmethod
     def execute(

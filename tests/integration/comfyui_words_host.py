@@ -5,6 +5,7 @@ Prints JSON.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import importlib
 import json
@@ -19,7 +20,9 @@ start(COMFYUI)
 
 import comfy.model_sampling
 import comfy.supported_models
+import execution
 import folder_paths
+import nodes
 import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
@@ -258,6 +261,38 @@ unscheduled = {"compare_with": "euler simple\neuler kl_optimal", "step_counts": 
 prompts = {"positive": positive, "negative": negative, "latent_image": empty}
 sheet = ours["PCMStepSheet"].execute(model=model, vae=BlockVAE(), **prompts, **unscheduled)
 found["unscheduled"] = {"text": text(sheet), "brightest": sheet[1].amax(dim=(1, 2, 3)).tolist()}
+
+
+class Sources:
+    """A node with an output of every kind that ours take."""
+
+    RETURN_TYPES = ("MODEL", "VAE", "CONDITIONING", "LATENT")
+    FUNCTION = "none"
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {}}
+
+
+nodes.NODE_CLASS_MAPPINGS |= {"Sources": Sources, "PCMStepSheet": ours["PCMStepSheet"]}
+
+
+def refused(**changes):
+    """(input that is marked, sentence) of every error of a graph with this step sheet, as the server answers."""
+    inputs = {"model": ["1", 0], "vae": ["1", 1], "positive": ["1", 2], "negative": ["1", 2], "latent_image": ["1", 3]}
+    inputs |= {"seed": 1, "step_counts": "1, 2", "cfg": 1.0, "eta": 0.0, "compare_with": "", "num_phases": 4}
+    sheet = {"class_type": "PCMStepSheet", "inputs": inputs | {"num_solver_steps": 50} | changes}
+    graph = {"1": {"class_type": "Sources", "inputs": {}}, "2": sheet}
+    errors = asyncio.run(execution.validate_prompt("an id", graph, None))[3].get("2", {"errors": []})["errors"]
+    return [[error["extra_info"].get("input_name"), error["details"]] for error in errors]
+
+
+found["refused_sheets"] = {
+    "fine": refused(),
+    "row": refused(compare_with="eular simple"),
+    "counts": refused(step_counts="two"),
+    "grid": refused(num_phases=60),
+}
 
 
 class Progress:

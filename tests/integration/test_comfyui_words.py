@@ -175,6 +175,15 @@ def test_a_scheduler_without_a_schedule_is_not_the_models_fault(found):
     assert [brightest > 0 for brightest in found["unscheduled"]["brightest"]] == [True, True, True, True, False, True]
 
 
+def test_what_is_mistyped_on_a_step_sheet_is_said_once(found):
+    sheets = found["refused_sheets"]
+    assert sheets["fine"] == []
+    for name, words in (("row", "got 'eular simple'"), ("counts", "got 'two'"), ("grid", "cannot be cut")):
+        ((marked, said),) = sheets[name]
+        assert marked is None  # ComfyUI cannot be told which
+        assert words in said
+
+
 def test_words_go_to_the_client_that_asked(found):
     assert found["sent"] == ["one\ntwo", "7", "client"]
 
