@@ -18,7 +18,7 @@ import torch
 from comfy.k_diffusion import sampling as k_diffusion
 
 from ..pcm_scheduler.phases import PhaseGrid
-from ..pcm_scheduler.sampling import sample_phased
+from ..pcm_scheduler.sampling import NoiseSampler, sample_phased
 
 
 def table_of(model_sampling: Any) -> torch.Tensor:
@@ -147,8 +147,21 @@ def sample_pcm(
         if callback is not None:
             callback({"x": sample, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": x0})
 
-    noise_sampler = k_diffusion.default_noise_sampler(x, seed=extra_args.get("seed")) if eta > 0 else None
+    noise_sampler = fresh_noise(x, extra_args.get("seed")) if eta > 0 else None
     return sample_phased(denoise, x, [1.0] * len(levels), levels, eta, noise_sampler, show)
+
+
+def fresh_noise(x: torch.Tensor, seed: int | None) -> NoiseSampler:
+    """Draws noise like x by ComfyUI's own sampler of noise, looked up at call time: AnimateDiff-Evolved puts another there.
+
+    On a CPU ComfyUI 0.3.64 begins it with the seed's first numbers, which are the initial noise; later ones begin elsewhere.
+    """
+    if x.device.type == "cpu" and seed is not None:
+        initial = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(seed))
+        if torch.equal(k_diffusion.default_noise_sampler(x, seed=seed)(1.0, 0.0), initial):
+            seed = (seed + 1) % 2**64  # as later versions do
+    drawn: NoiseSampler = k_diffusion.default_noise_sampler(x, seed=seed)
+    return drawn
 
 
 def pcm_sampler(eta: float) -> comfy.samplers.KSAMPLER:

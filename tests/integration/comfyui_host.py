@@ -59,6 +59,13 @@ for steps in (1, 2, 3, 4, 8, 16):
 guided, unguided = in_one(4, 5.0), in_one(4, 1.0)
 found["guidance_matters"] = ((guided - unguided).abs().max() / guided.abs().max()).item()
 
+# At eta 1 a jump from sigma 10 to 5 ends at x0 and 5 times the new noise.
+shown, initial = [], comfy.sample.prepare_noise(empty["samples"], 7)
+jump = (ours["PCMSampler"].execute(1.0)[0], torch.tensor([10.0, 5.0]), positive, negative, empty["samples"])
+end = comfy.sample.sample_custom(model, initial, 1.0, *jump, callback=lambda step, x0, *_: shown.append(x0), seed=7)
+new_noise = (model.model.process_latent_in(end) - shown[0]) / 5
+found["new_noise"] = [new_noise.std().item(), (new_noise - initial).std().item()]
+
 picture = {
     "samples": torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3)),
     "noise_mask": torch.zeros(1, 1, 8, 8),

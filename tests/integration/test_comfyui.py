@@ -46,6 +46,13 @@ def test_the_network_is_asked_at_the_schedulers_own_timesteps(found):
     assert found["half"] == list(grid.sampling_timesteps(4, 0.5))
 
 
+def test_new_noise_is_not_the_initial_noise_again(found):
+    """On a CPU ComfyUI 0.3.64 starts both at the same number. Of two of unit variance the difference has a root of 2."""
+    deviation, from_initial = found["new_noise"]
+    assert deviation == pytest.approx(1, abs=0.1)
+    assert from_initial == pytest.approx(2**0.5, abs=0.15)
+
+
 def test_masks_splits_and_no_denoising(found):
     kept, drawn = found["masked"]
     assert kept < 1e-5
