@@ -63,8 +63,12 @@ def chosen_grid(settings: AdapterSettings | None, num_phases: int, num_solver_st
     return settings.grid if settings is not None else PhaseGrid.even(num_phases, num_solver_steps)
 
 
-class PhaseNode(io.ComfyNode):
-    """A node with `phase_inputs`: phases that a grid cannot have are refused when the graph is queued."""
+class PhaseNode:
+    """Of a node with `phase_inputs`: phases that a grid cannot have are refused when the graph is queued.
+
+    No `io.ComfyNode` itself, as no class that nodes share: ComfyUI-Manager looks for that name among a class's own bases, and
+    would list this one for a node.
+    """
 
     @classmethod
     def validate_inputs(

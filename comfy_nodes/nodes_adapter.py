@@ -124,8 +124,8 @@ def steps_for(stated: AdapterSettings | None, num_phases: int, num_solver_steps:
     return min(num_phases if num_phases > 1 else 4, num_solver_steps)
 
 
-class FileNode(io.ComfyNode):
-    """A node that reads a file in models/loras."""
+class FileNode:
+    """Of a node that reads a file in models/loras."""
 
     @classmethod
     def validate_inputs(cls, lora_name: str | None = None) -> bool | str:
@@ -146,7 +146,7 @@ class FileNode(io.ComfyNode):
         return tuple(number for file in found for number in (file.st_mtime_ns, file.st_size))
 
 
-class PCMLoraLoader(FileNode):
+class PCMLoraLoader(FileNode, io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -193,7 +193,7 @@ class PCMLoraLoader(FileNode):
         return io.NodeOutput(model, settings, *recommended(settings), ui=say(cls, *said))
 
 
-class PCMLoraSettings(FileNode):
+class PCMLoraSettings(FileNode, io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

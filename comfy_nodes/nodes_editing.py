@@ -147,7 +147,7 @@ class EditNode(PhaseNode):
             task.operator.check(task.measurement)
 
 
-class PCMInpaint(EditNode):
+class PCMInpaint(EditNode, io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         own = [
@@ -167,7 +167,7 @@ class PCMInpaint(EditNode):
         return cls.edit(inpainting(*to_masked_pictures(image, mask)), kept=to_rgb(image), **common)
 
 
-class PCMOutpaint(EditNode):
+class PCMOutpaint(EditNode, io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         own = [io.Image.Input("image", tooltip="The picture, of any size.")]
@@ -185,7 +185,7 @@ class PCMOutpaint(EditNode):
         return cls.edit(outpainting(to_pictures(image), left, top, right, bottom), kept=kept, **common)
 
 
-class PCMColorize(EditNode):
+class PCMColorize(EditNode, io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         own = [
@@ -204,7 +204,7 @@ class PCMColorize(EditNode):
         return cls.edit(task, **common)
 
 
-class PCMSuperResolve(EditNode):
+class PCMSuperResolve(EditNode, io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         own = [
@@ -240,7 +240,7 @@ class PCMSuperResolve(EditNode):
             raise ValueError("This picture is sharper than a bicubic kernel leaves one: set kernel to mean.") from error
 
 
-class PCMStroke(EditNode):
+class PCMStroke(EditNode, io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         own = [io.Image.Input("image", tooltip="A sketch of coloured strokes, or a photograph.")]
@@ -251,7 +251,7 @@ class PCMStroke(EditNode):
         return cls.edit(stroke_guided(to_pictures(image)), **common)
 
 
-class PCMDenoise(EditNode):
+class PCMDenoise(EditNode, io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         own = [
@@ -282,7 +282,7 @@ class PCMDenoise(EditNode):
         return cls.edit(task, model=model, steps=min(steps, grid.start_point(task.strength)), **common)
 
 
-class PCMInterpolate(EditNode):
+class PCMInterpolate(EditNode, io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         own = [

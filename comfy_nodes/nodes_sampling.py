@@ -30,7 +30,7 @@ def denoise_input() -> Any:
     return io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=_DENOISE)
 
 
-class PCMScheduler(PhaseNode):
+class PCMScheduler(PhaseNode, io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -69,7 +69,7 @@ class PCMSampler(io.ComfyNode):
         return io.NodeOutput(pcm_sampler(eta))
 
 
-class PCMKSampler(PhaseNode):
+class PCMKSampler(PhaseNode, io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -97,7 +97,7 @@ def contact_sheet(pictures: Sequence[Sequence[torch.Tensor]], rows: Sequence[str
     return torch.from_numpy(np.array(sheet)).float().div(255)[None]
 
 
-class PCMStepSheet(PhaseNode):
+class PCMStepSheet(PhaseNode, io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import runpy
@@ -58,6 +59,24 @@ def test_every_node_of_the_snapshot_has_texts() -> None:
         texts = NODES["en"][node_id]
         assert node["inputs"].keys() <= texts["inputs"].keys(), node_id
         assert [name for _, name in node["outputs"]] == [output["name"] for output in texts["outputs"].values()], node_id
+
+
+def test_every_node_is_found_by_reading_the_sources() -> None:
+    """ComfyUI-Manager lists a pack's nodes without running it, and offers the pack to workflows that have one of them.
+
+    To it a node is a class with ComfyNode among its own bases, by the node_id that its schema says as plain text or else by its
+    own name.
+    """
+    found = set()
+    for path in (ROOT / "comfy_nodes").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and any(ast.unparse(base).split(".")[-1] == "ComfyNode" for base in node.bases):
+                calls = [
+                    call for call in ast.walk(node) if isinstance(call, ast.Call) and ast.unparse(call.func) == "io.Schema"
+                ]
+                said = [word.value for call in calls for word in call.keywords if word.arg == "node_id"]
+                found.add(next((value.value for value in said if isinstance(value, ast.Constant)), node.name))
+    assert found == set(NODE_IDS)
 
 
 @pytest.mark.parametrize("name", ["nodeDefs.json", "main.json"])
