@@ -192,6 +192,7 @@ def serve(
         "models/checkpoints",
         "models/loras",
         "models/animatediff_models",
+        "models/animatediff_motion_lora",
         "input",
         "output",
         "temp",

@@ -10,6 +10,7 @@ Graph = dict[str, dict[str, Any]]
 
 SD15, SDXL = "v1-5-pruned-emaonly-fp16.safetensors", "sd_xl_base_1.0.safetensors"
 LORA = {SD15: "pcm_sd15_smallcfg_4step_converted.safetensors", SDXL: "pcm_sdxl_smallcfg_4step_converted.safetensors"}
+MOTION_LORA = "pcm_animatediff_4phase_motion.safetensors"
 
 
 @dataclass
@@ -201,8 +202,10 @@ def animatediff(g: Builder) -> None:
     """With the nodes of AnimateDiff-Evolved: 16 frames."""
     loaded = load(g, "waves breaking on a beach")
     motion = g.add("ADE_LoadAnimateDiffModel", model_name="mm_sd_v15_v2.ckpt")
-    applied = g.add("ADE_ApplyAnimateDiffModelSimple", motion_model=motion[0])
-    moving = g.add("ADE_UseEvolvedSampling", model=loaded.adapter[0], beta_schedule="autoselect", m_models=applied[0])
+    lora = g.add("ADE_AnimateDiffLoRALoader", name=MOTION_LORA, strength=1.0)
+    applied = g.add("ADE_ApplyAnimateDiffModelSimple", motion_model=motion[0], motion_lora=lora[0])
+    betas = "sqrt_linear (AnimateDiff)"
+    moving = g.add("ADE_UseEvolvedSampling", model=loaded.adapter[0], beta_schedule=betas, m_models=applied[0])
     empty = g.add("EmptyLatentImage", width=512, height=512, batch_size=16)
     drawn = g.add("PCMKSampler", **(loaded.common | {"model": moving[0]}), **sampled(), latent_image=empty[0], denoise=1.0)
     save(g, g.add("VAEDecode", samples=drawn[0], vae=loaded.vae)[0], "pcm_animatediff")
@@ -241,7 +244,9 @@ NOTES = {
     "stroke": "From a sketch to a picture; strength says how freely.",
     "denoise": "Take out noise of a known strength; 0 estimates it.",
     "interpolate": "From one seed to another; or between two pictures, with the model before the adapter as base_model.",
-    "animatediff": "16 frames. Needs ComfyUI-AnimateDiff-Evolved and a motion module in models/animatediff_models.",
+    "animatediff": "16 frames. Needs ComfyUI-AnimateDiff-Evolved and a motion module in models/animatediff_models. The motion "
+    "file of a video adapter goes to models/animatediff_motion_lora and its spatial file to models/loras; without a motion "
+    "file, bypass Load AnimateDiff LoRA (Ctrl+B).",
 }
 _FILES = (
     "Files: a checkpoint in models/checkpoints, and a PCM LoRA such as those of "

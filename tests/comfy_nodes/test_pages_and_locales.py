@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from comfyui_workflows import WORKFLOWS, build
+
 ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "comfy_nodes" / "web" / "docs"
 SCRIPT = ROOT / "examples" / "comfyui" / "write_locales.py"
@@ -110,6 +112,28 @@ def test_help_page(node_id: str, language: str) -> None:
 def test_no_help_page_without_a_node() -> None:
     assert {path.stem for path in PAGES.glob("*.md")} == set(NODE_IDS)
     assert {path.parent.name for path in PAGES.glob("*/*.md")} == set(NODE_IDS)
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_workflows_are_wired_as_they_are_built(name: str) -> None:
+    """In both forms: the links between nodes, and in the API's every input."""
+    folder, built = ROOT / "example_workflows", build(name)
+    assert json.loads((folder / "api" / f"{name}.json").read_text(encoding="utf-8")) == built
+    saved = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    nodes = {str(node["id"]): node for node in saved["nodes"] if node["type"] != "MarkdownNote"}
+    assert {key: node["type"] for key, node in nodes.items()} == {key: node["class_type"] for key, node in built.items()}
+    sources = {link: [str(node), output] for link, node, output, *_ in saved["links"]}
+    for key, node in nodes.items():
+        linked = {slot["name"]: sources[slot["link"]] for slot in node["inputs"] if slot["link"] is not None}
+        assert linked == {given: value for given, value in built[key]["inputs"].items() if isinstance(value, list)}
+        widgets = [value for value in built[key]["inputs"].values() if not isinstance(value, list)]
+        assert all(value in node["widgets_values"] for value in widgets)
+
+
+def test_the_clips_workflow_has_a_place_for_the_motion_file_and_says_its_betas() -> None:
+    inputs = {node["class_type"]: node["inputs"] for node in build("animatediff").values()}
+    assert "motion_lora" in inputs["ADE_ApplyAnimateDiffModelSimple"]
+    assert inputs["ADE_UseEvolvedSampling"]["beta_schedule"] == "sqrt_linear (AnimateDiff)"
 
 
 OBJECT_INFO = {

@@ -14,7 +14,7 @@ import pytest
 
 from comfyui_browser import CHROMIUM, front_end
 from comfyui_server import serve
-from comfyui_workflows import WORKFLOWS, build
+from comfyui_workflows import MOTION_LORA, WORKFLOWS, build
 
 pytest.importorskip("playwright", reason="pip install playwright")
 
@@ -32,6 +32,7 @@ def page(tmp_path_factory):
     packs = {"ComfyUI-AnimateDiff-Evolved": Path(EVOLVED)} if EVOLVED else {}
     with serve(tmp_path_factory.mktemp("comfyui") / "base", "a pack", packs=packs) as server:
         (server.base / "models" / "animatediff_models" / "mm_sd_v15_v2.ckpt").touch()
+        (server.base / "models" / "animatediff_motion_lora" / MOTION_LORA).touch()
         with front_end(server) as opened:
             yield opened
 

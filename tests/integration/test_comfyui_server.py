@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from comfyui_server import RefusedError, serve
-from comfyui_workflows import WORKFLOWS, Builder, build, load
+from comfyui_workflows import MOTION_LORA, WORKFLOWS, Builder, build, load
 
 pytest.importorskip("websocket", reason="pip install websocket-client")
 
@@ -33,6 +33,7 @@ def server(tmp_path_factory):
     packs = {"ComfyUI-AnimateDiff-Evolved": Path(EVOLVED)} if EVOLVED else {}
     with serve(tmp_path_factory.mktemp("comfyui") / "base", PACK, {"PCM_DROPDOWN": "1"}, packs) as running:
         (running.base / "models" / "animatediff_models" / "mm_sd_v15_v2.ckpt").touch()
+        (running.base / "models" / "animatediff_motion_lora" / MOTION_LORA).touch()
         yield running
 
 
