@@ -136,6 +136,14 @@ def test_the_clips_workflow_has_a_place_for_the_motion_file_and_says_its_betas()
     assert inputs["ADE_UseEvolvedSampling"]["beta_schedule"] == "sqrt_linear (AnimateDiff)"
 
 
+def test_the_registry_is_given_no_picture_that_it_cannot_fetch() -> None:
+    """It reads pyproject.toml alone: a path within the pack means nothing to it."""
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    stated = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["comfy"]
+    for name in ("Icon", "Banner"):
+        assert stated.get(name, "https://").startswith("https://")
+
+
 OBJECT_INFO = {
     "KSampler": {"category": "sampling"},
     "PCMTest": {
