@@ -12,6 +12,7 @@ import comfy.supported_models
 import torch
 from comfy.weight_adapter import LoRAAdapter
 
+from ..pcm_scheduler.lora_file import HEADER_PREFIX
 from ..pcm_scheduler.lora_layouts import METADATA_KEY, LoraTensors, sort_tensors, to_kohya
 
 FAMILIES = {
@@ -19,6 +20,9 @@ FAMILIES = {
     "sdxl": comfy.supported_models.SDXL,
     "animatediff": comfy.supported_models.SD15,  # spatial layers; motion modules are in a file of their own
 }
+
+_MAGNITUDE = ".dora_scale"  # ends the name, in kohya's layout
+_PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # whose numbers are the weights, with no scale to them
 
 
 def with_lora(
@@ -41,8 +45,10 @@ def with_lora(
         raise ValueError(f"This adapter is for {family}, and the model is {type(config).__name__}: load the other file.")
     names = comfy.lora.model_lora_keys_unet(model.model, {})
     named, modules, silent = in_kohyas_names(tensors, header, names)
+    weights, left = unpatched_weights(model), 0
+    if any(key.startswith(HEADER_PREFIX) for key in header) or not any(key.endswith(_MAGNITUDE) for key in tensors):
+        named, left = with_pefts_norm(named, names, weights)  # others, who write kohya's names, may divide as ComfyUI does
     patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(named)), names, log_missing=False)
-    weights = model.model.state_dict()
     fitting = [patch for key, patch in patches.items() if fits(key, patch, weights)]
     if not fitting:
         raise ValueError(
@@ -57,7 +63,57 @@ def with_lora(
             f"The file says no alpha of {silent} modules, so that they act with alpha = rank: too strong if the adapter was "
             "trained with less. If pictures are burnt or black, lower strength_model; alpha 8 of rank 64 is strength 0.125."
         )
+    if left:
+        said.append(
+            f"The DoRA magnitudes of {left} modules act otherwise than in training, because the model's weights there are "
+            "quantized: results will differ. Load the model in fp16, bf16 or fp32."
+        )
     return adapted, said
+
+
+def unpatched_weights(model: Any) -> dict[str, torch.Tensor]:
+    """The weights of a MODEL by name, as its checkpoint has them: ComfyUI leaves LoRAs in the network after a run."""
+    kept = {key: backup.weight for key, backup in model.backup.items()}
+    return model.model.state_dict() | kept | {key: backup[0] for key, backup in model.hook_backup.items()}
+
+
+def with_pefts_norm(
+    named: Mapping[str, torch.Tensor], names: Mapping[str, Any], weights: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], int]:
+    """A DoRA with magnitudes from which ComfyUI's formula makes PEFT's weight, m (W + delta) / |W + delta|.
+
+    ComfyUI (0.3.64 and 0.8.0) divides by |W|, so m is multiplied by |W| / |W + delta|, a number for each output channel.
+    That is exact at strength 1 with no other LoRA before. At another strength ComfyUI goes so far of the way from W to that
+    weight; after other LoRAs its W has them in it, and lengths are off by as much as they change those of W.
+
+    Args:
+        named: tensors under kohya's names.
+        names: of the model's weights, by modules.
+        weights: of the model, without patches.
+
+    Returns:
+        the tensors, and of how many modules the magnitudes were left as they are, because the weight is quantized.
+    """
+    scaled, left = dict(named), 0
+    for key in named:
+        module = key.removesuffix(_MAGNITUDE)
+        weight = weights.get(names.get(module, ""))
+        down, up, middle = (named.get(f"{module}.lora_{part}.weight") for part in ("down", "up", "mid"))
+        if module == key or weight is None or down is None or up is None or middle is not None:
+            continue
+        if weight.dtype not in _PLAIN:
+            left += 1
+            continue
+        magnitude = named[key].to(weight.device, torch.float32)
+        if not of_shape(up, down, weight) or magnitude.shape[:1] != weight.shape[:1] or magnitude.numel() != len(weight):
+            continue
+        up, down = (part.to(weight.device, torch.float32).flatten(1) for part in (up, down))
+        alpha = named[f"{module}.alpha"].item() if f"{module}.alpha" in named else len(down)
+        base = weight.float().flatten(1)
+        merged = base + up @ down * (alpha / len(down))
+        lengths = [rows.norm(dim=1) + torch.finfo(torch.float32).eps for rows in (base, merged)]  # as ComfyUI adds it
+        scaled[key] = magnitude * (lengths[0] / lengths[1]).reshape(magnitude.shape)
+    return scaled, left
 
 
 def in_kohyas_names(
@@ -118,6 +174,11 @@ def fits(key: Any, patch: Any, weights: Mapping[str, torch.Tensor]) -> bool:
     up, down, middle, reshape = (patch.weights[i] for i in (0, 1, 3, 5))
     if middle is not None or reshape is not None:
         return True
+    return of_shape(up, down, weight)
+
+
+def of_shape(up: torch.Tensor, down: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the product of LoRA matrices has a weight's shape."""
     if min(up.ndim, down.ndim) < 2 or up.shape[1] != down.shape[0] or up.shape[0] != weight.shape[0]:
         return False
     return up.shape[0] * down.shape[1:].numel() == weight.numel()

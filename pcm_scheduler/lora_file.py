@@ -670,7 +670,7 @@ def describe(path: str | os.PathLike) -> str:
     elif found.magnitudes:
         lines += [
             "               diffusers drops kohya's DoRA magnitudes: load it with load_pcm_lora, or convert it to diffusers;",
-            "               ComfyUI applies them otherwise than PEFT",
+            "               ComfyUI's own loader applies them otherwise than PEFT: use PCM LoRA Loader",
         ]
     settings = read_settings(path)
     if settings is None:

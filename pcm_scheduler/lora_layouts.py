@@ -10,7 +10,8 @@
 
 A module without an alpha acts with alpha = rank, in every host. DoRA magnitudes are one number an output channel: `(out,)`
 here, `(out, 1, ...)` in kohya's files, in PEFT's `(out,)` for a linear module and `(1, out, 1, 1)` for a convolution.
-ComfyUI (0.3.64) reads them but divides by the norm of the base weight, PEFT by that of base and LoRA together: not the same.
+ComfyUI (0.3.64, 0.8.0) reads them but divides by the norm of the base weight, PEFT by that of base and LoRA together: not the
+same, unless PCM LoRA Loader makes up for it.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from comfyui_tiny import CONFIG, load_our_nodes, start, tiny_lora, tiny_model, t
 PACK, COMFYUI, LORAS = (Path(argument) for argument in sys.argv[1:4])
 start(COMFYUI)
 
+import comfy.lora
 import comfy.model_sampling
 import comfy.supported_models
 import execution
@@ -132,6 +133,43 @@ by_peft = {"lora_name": "peft/adapter_model.safetensors"}
 before = ours["PCMLoraLoader"].fingerprint_inputs(**by_peft)
 (LORAS / "peft" / lora_file.PEFT_CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 16}))
 found["config_is_in_the_fingerprint"] = before != ours["PCMLoraLoader"].fingerprint_inputs(**by_peft)
+
+
+# ----------------------------------------------------------------------------------------------------------- DoRA
+BASE = {key: weight.clone() for key, weight in tiny_model().model.state_dict().items()}
+mapped = comfy.lora.model_lora_keys_unet(model.model, {})
+dora, wanted = {}, {}
+for key, alpha in kohya.items():
+    if key.endswith(".alpha"):
+        module = key.removesuffix(".alpha")
+        down, up, weight = kohya[f"{module}.lora_down.weight"], kohya[f"{module}.lora_up.weight"], BASE[mapped[module]]
+        ones = (1,) * (weight.ndim - 1)
+        merged = weight + 100 * alpha / len(down) * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+        magnitude = weight.flatten(1).norm(dim=1) * torch.linspace(0.8, 1.2, len(weight))
+        dora |= {f"{module}.lora_down.weight": down, f"{module}.lora_up.weight": up, key: 100 * alpha}
+        dora[f"{module}.dora_scale"] = magnitude.reshape(-1, *ones)
+        wanted[mapped[module]] = merged * (magnitude / merged.flatten(1).norm(dim=1)).reshape(-1, *ones)  # PEFT's
+pefts, pefts_alphas = layouts.to_diffusers(layouts.sort_tensors(dora))
+write("dora", dora, HEADER)
+write("peft_dora", pefts, {layouts.METADATA_KEY: pefts_alphas})
+write("other_dora", dora, None)
+
+
+def from_trained(name):
+    """The largest difference of a weight of the model from PEFT's, relative to that."""
+    adapted = ours["PCMLoraLoader"].execute(model, f"{name}.safetensors", 1.0, 4)[0]
+    patched = {key: comfy.lora.calculate_weight(adapted.patches[key], BASE[key].clone(), key) for key in wanted}
+    return max(((patched[key] - weight).norm() / weight.norm()).item() for key, weight in wanted.items())
+
+
+found["dora"] = {name: attempt(from_trained, name) for name in ("dora", "peft_dora", "other_dora")}
+found["dora"]["said"] = loaded("dora")["text"]  # which leaves it in the network
+found["dora"]["again"] = attempt(from_trained, "dora")
+narrow = tiny_model()
+quantized = next(parameter for name, parameter in narrow.model.named_parameters() if name.endswith("attn1.to_q.weight"))
+quantized.data = quantized.data.to(torch.float8_e4m3fn)
+on_quantized = ours["PCMLoraLoader"].execute(narrow, "dora.safetensors", 1.0)
+found["dora"]["quantized"] = on_quantized.ui.as_dict()["text"][0]
 
 
 # ------------------------------------------------------------------------------------------------------- pictures

@@ -43,6 +43,14 @@ def test_an_adapter_draws_the_same_in_every_layout(found, layout):
     assert "modules" not in kohya["text"]
 
 
+def test_a_dora_acts_as_it_was_trained(found):
+    """ComfyUI divides by the length of the weight without the LoRA; files of other trainers may have been trained so."""
+    assert max(found["dora"][name] for name in ("dora", "peft_dora", "again")) < 1e-5
+    assert found["dora"]["other_dora"] > 0.01
+    assert "DoRA" not in found["dora"]["said"]
+    assert "The DoRA magnitudes of 1 modules act otherwise" in found["dora"]["quantized"]
+
+
 def test_modules_that_do_not_fit_are_counted(found):
     modules = found["modules"]
     fitting = modules - found["wide_modules"]
