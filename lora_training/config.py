@@ -427,8 +427,8 @@ class TrainConfig:
         trainable: `lora` trains an adapter; `unet` every weight of the UNet (full fine-tuning; what `lora` says is not used),
             which holds teacher and student side by side and takes 16 bytes for each weight trained.
         seed: of everything random, from 0 to 2^32 - 1.
-        mixed_precision: of the networks; the adapter itself stays in float32. A processor without bfloat16 computes in float32
-            when asked for `bf16`.
+        mixed_precision: of the networks; the adapter itself stays in float32. `auto`: as `accelerate launch` was told, in its
+            configuration or by `--mixed_precision`. A processor without bfloat16 computes in float32 when asked for `bf16`.
         checkpoint_every: steps between checkpoints, from which an interrupted run goes on.
         checkpoints_kept: of the latest; 0 keeps all.
         resume: `latest` goes on from the newest checkpoint of this output, if there is one; `no` starts anew.
@@ -452,7 +452,7 @@ class TrainConfig:
     title: str = "PCM adapter"
     trainable: Literal["lora", "unet"] = "lora"
     seed: int = 0
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
     checkpoint_every: int = 500
     checkpoints_kept: int = 2
     resume: Literal["latest", "no"] = "latest"

@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import torch
 
+from .config import DTYPES
 from .loop import Run
 
 
@@ -39,6 +40,7 @@ def describe(run: Run) -> Iterator[str]:
         else ""
     )
     yield f"work       {config.optimizer.steps} steps of {run.samples} samples{seen}"
+    yield f"precision  {str(DTYPES[run.precision]).removeprefix('torch.')}; what is trained is kept in float32"
     averages = sum(p.numel() for p in run.student.target_parameters.values())
     unets = _bytes(run.student.unets) - 4 * count - 4 * averages
     others = _bytes(run.critic.features.frozen) if run.critic else 0

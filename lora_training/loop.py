@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import signal
 import sys
@@ -72,14 +73,15 @@ class Run:
     """
 
     def __init__(self, config: TrainConfig):
-        config = replace(config, mixed_precision=precision_here(config.mixed_precision, coming_device()))
-        self.config = config
+        told = _precision_told(config)
+        self.precision = precision_here(told, coming_device())
+        self.config = config = replace(config, mixed_precision=self.precision)
         self.output = Path(config.output)
         self.folder = self.output.with_suffix(".run")
         for file in (self.output, self.folder / "config.yaml"):
             check_writable(file)
         self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
+            mixed_precision=self.precision,
             log_with=None if config.log_with == "none" else config.log_with,
             project_dir=self.folder,
             # one process may encode, validate or write while the others wait, for longer than NCCL's own ten minutes
@@ -90,6 +92,8 @@ class Run:
                 "DeepSpeed keeps its own optimiser and writes its own pickled checkpoints, and this trainer has neither. "
                 "To split the weights between processes, launch with examples/accelerate/fsdp.yaml."
             )
+        if self.accelerator.is_main_process and _launched_precision() not in ("no", told):
+            print(f"mixed_precision is {told}, as configured, and not accelerate's {_launched_precision()}", file=sys.stderr)
         self.mesh = shard_mesh(self.accelerator)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoints_kept, asdict(config), _MAY_CHANGE)
         set_seed(config.seed)
@@ -100,7 +104,7 @@ class Run:
         if on_cpu:
             use_plain_attention(self.backbone.unet)
         else:  # where memory is short, and every operation takes half precision
-            self.backbone.unet.to(DTYPES[config.mixed_precision])
+            self.backbone.unet.to(DTYPES[self.precision])
         for part in (self.backbone.vae, *self.backbone.text_encoders, self.backbone.unet):
             part.to(self.accelerator.device)
         self.critic = self._build_critic()  # before pictures are encoded: it may lack weights
@@ -292,7 +296,7 @@ class Run:
                         raise RuntimeError(
                             f"The loss or its gradient was not finite for {bad_in_a_row} steps in a row, up to step {step}. "
                             f"Lower optimizer.learning_rate (now {config.optimizer.learning_rate:g}), or set mixed_precision "
-                            f"to bf16 or no (now {config.mixed_precision}). The last good state is "
+                            f"to bf16 or no (now {self.precision}). The last good state is "
                             f"{self.checkpoints.latest() or 'the beginning: there is no checkpoint yet'}."
                         )
                     if main and bad_in_a_row == 1:
@@ -385,7 +389,7 @@ class Run:
         """What to change next when memory is short."""
         config = self.config
         advice = [
-            ("mixed_precision: bf16", config.mixed_precision == "no"),
+            ("mixed_precision: bf16", self.precision == "no"),
             ("gradient_checkpointing: true", not config.gradient_checkpointing),
             (self._smaller_encoding(), config.data.streaming and config.data.encode_batch_size > 1),
             (
@@ -505,6 +509,23 @@ def _stop_requests() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _launched_precision() -> str:
+    """What `accelerate launch` tells every process through its environment."""
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
+def _precision_told(config: TrainConfig) -> str:
+    """By the configuration, else by the launcher.
+
+    Raises:
+        ValueError: the launcher's is none that the trainer has, such as fp8.
+    """
+    told = _launched_precision() if config.mixed_precision == "auto" else config.mixed_precision
+    if told not in DTYPES:
+        raise ValueError(f"accelerate's mixed_precision is {told}; the trainer has {', '.join(DTYPES)}.")
+    return told
 
 
 def _step_of(row: str) -> int:

@@ -15,6 +15,7 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the first is faster, 
 _MOST_LAYERS = 50
 _MOST_LETTERS = 2**20
 _LONGEST_MESSAGE = 4000
+_SAYS_NO = {"mixed_precision", "precision", "resume"}  # settings that may be `no`, which without quotes is false in YAML
 
 
 class SettingsParser(ArgumentParser):
@@ -70,7 +71,7 @@ def load_yaml(text: str) -> Any:
     """
     try:
         _check_size(text)
-        return get_loader("yaml")(text)
+        return get_loader("yaml")(_with_words(text))
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # PyYAML's, as of `!!bool x`
         raise yaml.YAMLError(f"a value is not of the kind that it seems to be: {error}") from error
 
@@ -103,6 +104,25 @@ def _check_size(text: str) -> None:
         open_[-1] = (around, before + size)
         if before + size > _MOST_LETTERS:
             raise yaml.YAMLError(f"it has more than {_MOST_LETTERS} letters when its aliases are written out")
+
+
+def _with_words(text: str) -> str:
+    """The same with `no` in quotes where it is a word."""
+    if "no" not in text.lower():
+        return text
+    root = yaml.compose(text, Loader=_LOADER)
+    mappings, seen = [root], set()
+    changed = False
+    while mappings:
+        node = mappings.pop()
+        if not isinstance(node, yaml.MappingNode) or id(node) in seen:
+            continue
+        seen.add(id(node))
+        for key, value in node.value:
+            mappings.append(value)
+            if key.value in _SAYS_NO and value.tag == "tag:yaml.org,2002:bool" and value.value.lower() == "no":
+                value.tag, value.value, changed = "tag:yaml.org,2002:str", "no", True
+    return yaml.serialize(root) if changed else text
 
 
 _MODE = "plain_yaml"

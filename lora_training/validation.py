@@ -20,7 +20,7 @@ from .files import replaced
 from .objectives import ConsistencyObjective
 from .randomness import generator_of
 
-_STREAM = 2**40  # of random numbers, beside the training steps'
+_STREAM = 2**32 - 1  # of random numbers, beside those of training's processes
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from .pictures import Picture, Size, bucket_sizes, in_unit_range, load_picture, 
 from .sources import Record, Source
 
 _MEANS, _STDS, _CONDITIONING = "latent_means", "latent_stds", "conditioning/"
-_LISTED, _SHOWN = 20, 16
+LISTED, _SHOWN = 20, 16  # of what is left out, and of captions
 
 
 @dataclass(frozen=True)
@@ -200,19 +200,25 @@ def empty_conditioning(backbone: Backbone) -> Conditioning:
         return {name: tensor.half().cpu() for name, tensor in backbone.empty_conditioning().items()}
 
 
-def check_share(left_out: Sequence[str], total: int, config: DataConfig) -> None:
-    """Say what is left out.
+def check_share(left_out: Sequence[str], total: int, config: DataConfig, most: float | None = None) -> str:
+    """What is left out, in words; empty if nothing is.
+
+    Args:
+        left_out: a line for each.
+        total: how many there are with them.
+        config: whose `max_bad_share` may be left out.
+        most: may be, instead.
 
     Raises:
-        ValueError: it is more than `config.max_bad_share`, or everything.
+        ValueError: it is more than that, or everything.
     """
     if not left_out:
-        return
-    more = [f"... and {len(left_out) - _LISTED} more"] if len(left_out) > _LISTED else []
-    message = "\n".join([f"{len(left_out)} of {total} {config.noun}s cannot be used:", *left_out[:_LISTED], *more])
-    if len(left_out) > config.max_bad_share * total or len(left_out) == total:
+        return ""
+    more = [f"... and {len(left_out) - LISTED} more"] if len(left_out) > LISTED else []
+    message = "\n".join([f"{len(left_out)} of {total} {config.noun}s cannot be used:", *left_out[:LISTED], *more])
+    if len(left_out) > (config.max_bad_share * total if most is None else most) or len(left_out) == total:
         raise ValueError(f"{message}\nMend or remove them, or raise data.max_bad_share (now {config.max_bad_share:g}).")
-    print(message, file=sys.stderr)
+    return message
 
 
 @dataclass(frozen=True)
@@ -311,7 +317,7 @@ class LatentCache:
         """What all processes have encoded; the same in each of them.
 
         Raises:
-            ValueError: more of them than `config.max_bad_share` cannot be used; they are named.
+            ValueError: there are none, or more of them than `config.max_bad_share` cannot be used; they are named.
         """
         shards = self._shards()
         reports = []
@@ -319,7 +325,11 @@ class LatentCache:
             with safe_open(path, framework="pt") as file:
                 reports.append(json.loads(file.metadata()["report"]))
         left_out = [line for report in reports for line in report["left_out"]]
-        check_share(left_out, sum(report["records"] for report in reports), self.config)
+        if not shards:
+            raise ValueError(f"data.path: {self.config.path} holds no {self.config.noun}s.")
+        message = check_share(left_out, sum(report["records"] for report in reports), self.config)
+        if message:
+            print(message, file=sys.stderr)
         if not self._index.exists():
             temporary = self._index.with_suffix(f".{os.getpid()}.tmp")
             temporary.write_text(json.dumps({"shards": len(shards)}), encoding="utf-8")

@@ -21,7 +21,7 @@ from pcm_scheduler.checks import shortened
 from ..config import DataConfig
 from ..text import decoded, json_in, json_lines, words
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 CLIP_SUFFIXES = {".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif", ".webp"}
 FRAME_SUFFIXES = SUFFIXES - CLIP_SUFFIXES  # of numbered pictures that make a clip; GIF and WebP are clips themselves
 CAPTION_NAMES = ("text", "caption", "prompt", "txt")
@@ -156,17 +156,19 @@ class Folder:
         captions = {path: record for file in told for path, record in _metadata(file)}
         suffixes, noun = (CLIP_SUFFIXES, "clips") if self._clips else (SUFFIXES, "pictures")
         found = clips_in(self._folder) if self._clips else [p for p in files if p.suffix.lower() in suffixes and p.is_file()]
+        listed = ", ".join(sorted(suffixes))
         if not found:
             hint = " It holds tar files; name them, as in shards/*.tar." if any(p.suffix == ".tar" for p in files) else ""
             if self._clips and frames_in(self._folder):
                 hint = " It holds numbered pictures: give the folder that this folder is in, or leave data.clips out."
-            raise ValueError(f"{self._folder} holds no {noun}; looked for {', '.join(sorted(suffixes))}.{hint}")
+            raise ValueError(f"{self._folder} holds no {noun}; looked for {listed}.{hint}")
         known = set(found)
         for path in captions:
             if not path.is_relative_to(self._folder) or ".." in path.relative_to(self._folder).parts:
                 yield Record(str(path), problem="is named in metadata.jsonl but is outside of its folder")
-            elif path not in known and not _is_file(path):
-                yield Record(str(path), problem="is named in metadata.jsonl but is not there")
+            elif path not in known:
+                what = f"no {noun[:-1]} by its name, which would end in {listed}" if _is_file(path) else "not there"
+                yield Record(str(path), problem=f"is named in metadata.jsonl but is {what}")
         for path in found:
             caption = path.with_name(f"{path.name}.txt") if path.is_dir() else path.with_suffix(".txt")
             if path in captions:
@@ -265,11 +267,10 @@ class TarShards:
         def members() -> Iterator[dict[str, Any]]:
             for opened in url_opener(iter([{"url": url}]), handler=note):
                 for name, content in _tar_members(opened["stream"], self._largest, note):
-                    suffix = "." + (base_plus_ext(name)[1] or "").lower()
-                    if suffix in self._suffixes or suffix in (".txt", ".json"):
+                    if base_plus_ext(name)[1]:  # embeddings, class numbers and the like are usual beside a picture
                         yield {"fname": name, "data": content, "__url__": url}
-                    elif suffix != ".cls":  # class numbers are usual beside captions
-                        problems.append(Record(f"{url}: {name}", problem=f"is neither a {self._noun} nor a caption"))
+                    else:
+                        problems.append(Record(f"{url}: {name}", problem=self._useless))
 
         for url in self._urls:
             for sample in group_by_keys(members(), handler=note):
@@ -281,15 +282,22 @@ class TarShards:
             yield from problems
             problems.clear()
 
+    @property
+    def _useless(self) -> str:
+        return f"is neither a {self._noun} nor a caption"
+
     def _largest(self, name: str) -> int:
         """Bytes that are read of a member; 0: it is of no use."""
         suffix = Path(name).suffix.lower()
-        if suffix in (".txt", ".json"):
+        if suffix in _CAPTION_SUFFIXES:
             return _LARGEST_CAPTION
         return (_LARGEST_CLIP if self._noun == "clip" else _LARGEST_PICTURE) if suffix in self._suffixes else 0
 
     def _record_of(self, sample: dict[str, Any], url: str) -> Record:
         name = f"{url}: {sample['__key__']}"
+        kinds = [kind for kind in sample if not kind.startswith("__")]
+        if not any(f".{kind}" in (*self._suffixes, *_CAPTION_SUFFIXES) for kind in kinds):
+            return Record(f"{name}.{kinds[0]}", problem=self._useless)
         content = next((v for k, v in sample.items() if f".{k}" in self._suffixes), None)
         caption: str | None
         try:
@@ -308,6 +316,7 @@ class TarShards:
         return Record(name, content, caption)
 
 
+_CAPTION_SUFFIXES = (".txt", ".json")
 _LARGEST_CAPTION, _LARGEST_PICTURE, _LARGEST_CLIP = 2**20, 2**30, 2**31
 """Bytes of a member that is read. A compressed or sparse tar of a few kilobytes may say, and hold, any number of them."""
 _EXTENDED = (

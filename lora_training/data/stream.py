@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,7 +14,7 @@ import torch
 
 from ..backbones import Backbone, Conditioning
 from ..config import DataConfig
-from .latent_cache import Bucket, Example, TrainingData, bucket_of, check_share, drawn, empty_conditioning, encode
+from .latent_cache import LISTED, Bucket, Example, TrainingData, bucket_of, check_share, drawn, empty_conditioning, encode
 from .pictures import Size, bucket_sizes
 from .sources import Record, Source
 
@@ -41,14 +43,15 @@ class StreamingData:
         self._source, self._config, self._backbone = source, config, backbone
         self._seed, self._process, self._processes = seed, process, processes
         self._left_out: dict[str, str] = {}  # by name: what is broken is met again every time round
-        self._seen = 0  # of the first time round
+        self._seen, self._seen_all = 0, False  # of the first time round
+        self._said = 0  # of those left out
         self._batches: Iterator[tuple[Size, list[Record]]] | None = None
         self._next: Future | None = None
         self._pool = ThreadPoolExecutor(1)
         self._last: Example | None = None
         self.empty = empty_conditioning(backbone)
         self.fixed = self._first()
-        self._seen = 0  # they come again
+        self._seen, self._seen_all = 0, False  # they come again
         self.captions = self.fixed.captions
 
     def _first(self) -> TrainingData:
@@ -100,11 +103,27 @@ class StreamingData:
         """Count what was not counted before; by name, for what PIL says of bytes differs from one time to the next."""
         new = {name: line for name, line in lines.items() if name not in self._left_out}
         self._left_out |= new
-        if new and self._seen >= _CHECKED_FROM:
+        if new and (self._seen_all or self._seen >= _CHECKED_FROM):
             self._check()
 
     def _check(self) -> None:
-        check_share(list(self._left_out.values()), self._seen, self._config)
+        """Whether too many are left out, and say which are new: the first by name, later ones whenever they have doubled."""
+        left_out = list(self._left_out.values())
+        message = check_share(left_out, self._seen, self._config, self._most)
+        new = left_out[self._said :]
+        if not new or (len(left_out) > LISTED and len(left_out) < 2 * self._said):
+            return
+        lines = new if len(left_out) <= LISTED else []
+        print("\n".join([message.split(":\n")[0] + (":" if lines else " so far"), *lines]), file=sys.stderr)
+        self._said = len(left_out)
+
+    @property
+    def _most(self) -> float:
+        """How many may be left out of what this process has seen: of a part, three standard deviations more than of all, for
+        others may have fewer.
+        """
+        most = self._config.max_bad_share * self._seen
+        return most if self._seen_all and self._processes == 1 else most + 3 * math.sqrt(most)
 
     def _sized(self, batch_size: int, shuffled: bool = True) -> Iterator[tuple[Size, list[Record]]]:
         """Batches of one size each; what does not fill a batch waits for the next time round."""
@@ -126,8 +145,9 @@ class StreamingData:
                 listed = list(self._left_out.values())[:20]
                 few = "" if listed else f" There are {self._processes} processes, and fewer {self._config.noun}s than those."
                 raise ValueError(f"data.path: no {self._config.noun} can be used.{few}\n" + "\n".join(listed))
-            if epoch == 0 and self._seen < _CHECKED_FROM:
-                self._check()  # of all that there are
+            if epoch == 0:
+                self._seen_all = True
+                self._check()
             if not shuffled and waiting:
                 size = max(waiting, key=lambda key: len(waiting[key]))
                 yield size, waiting.pop(size)

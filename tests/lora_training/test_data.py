@@ -7,6 +7,7 @@ import json
 import struct
 import tarfile
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from PIL import Image
 from lora_training.backbones import load_backbone
 from lora_training.config import DataConfig, ModelConfig, TrainConfig
 from lora_training.data import latent_cache
-from lora_training.data.latent_cache import Bucket, Example, LatentCache
+from lora_training.data.latent_cache import Bucket, Example, LatentCache, TrainingData
 from lora_training.data.pictures import bucket_sizes, load_picture, nearest_bucket, rgb, upright_size
 from lora_training.data.sources import Folder, Record, open_source
 from lora_training.data.stream import StreamingData
@@ -231,6 +232,37 @@ def test_tar_shards_give_pictures_and_name_what_they_cannot_use(tmp_path):
         problems = "\n".join(f"{r.name} {r.problem}" for r in records if r.problem)
         for word in named:
             assert word in problems, word
+
+
+def test_what_else_a_tar_has_beside_its_pictures_is_passed_over(tmp_path):
+    """Embeddings, addresses and masks are usual in webdataset's shards."""
+    pytest.importorskip("webdataset")
+    kinds = {"npy": b"?", "png": png(), "txt": b"words", "url": b"a", "seg.png": png(), "cls": b"7"}
+    members = {f"{i}.{kind}": content for i in range(3) for kind, content in kinds.items()}
+    path = tar_of(tmp_path / "a.tar", members | {"alone.npy": b"?"})
+    records = list(open_source(DataConfig(path=str(path))))
+    assert [r.caption for r in records if not r.problem] == ["words"] * 3
+    assert [(r.name.split(": ")[1], r.problem) for r in records if r.problem] == [
+        ("alone.npy", "is neither a picture nor a caption")
+    ]
+
+
+def test_what_metadata_names_and_is_no_picture_by_its_name_is_listed(tmp_path):
+    rows = [{"file_name": name, "text": "words"} for name in ("a.png", "b.jfif", "c.raw")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for row in rows:
+        (tmp_path / row["file_name"]).write_bytes(png())
+    records = {Path(r.name).name: r.problem for r in open_source(DataConfig(path=str(tmp_path)))}
+    assert records.keys() == {"a.png", "b.jfif", "c.raw"}
+    assert records["a.png"] == records["b.jfif"] == ""
+    assert "no picture by its name" in records["c.raw"]
+
+
+def test_a_source_of_nothing_is_refused_in_words(tmp_path, backbone):
+    pytest.importorskip("webdataset")
+    config = DataConfig(path=str(tar_of(tmp_path / "empty.tar", {})), resolution=16)
+    with pytest.raises(ValueError, match=r"empty\.tar holds no pictures"):
+        encoded(config, backbone, tmp_path / "cache")
 
 
 def tar_header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
@@ -609,6 +641,50 @@ def test_what_is_broken_is_counted_once_however_often_a_stream_comes_round(backb
     config = DataConfig(resolution=16, streaming=True, shuffle_buffer=1)
     batches_of(StreamingData(Listed(), config, backbone, seed=3), 20, batch_size=20)  # more than three times round
     assert capsys.readouterr().err.count("1 of 120 pictures cannot be used") == 1
+
+
+class Broken:
+    """Grey pictures, one in so many of which is broken."""
+
+    identity = None
+
+    def __init__(self, total, one_in, draw=None):
+        self.total, self._draw = total, draw or np.random.default_rng(0)
+        self._broken = set(np.flatnonzero(self._draw.random(total) < 1 / one_in).tolist())
+
+    def __iter__(self):
+        for i in range(self.total):
+            yield Record(f"picture {i}", caption="words", problem="is broken" if i in self._broken else "")
+
+
+@pytest.mark.parametrize(("one_in", "stops"), [(200, 0), (110, 2), (30, 20)])
+def test_a_stream_stops_for_more_broken_pictures_than_chance_makes_of_the_share_that_may_be(
+    backbone, one_in, stops, monkeypatch
+):
+    """The share is 1 in 100. Of 20 streams with half of that none may stop, of those with a little less at most two: the limit
+    is three standard deviations away, and looked at often. With three times the share all stop.
+    """
+    monkeypatch.setattr(StreamingData, "_first", lambda self: TrainingData({}, {}, ()))
+    stopped = 0
+    for seed in range(20):
+        source = Broken(3000, one_in, np.random.default_rng(seed))
+        data = StreamingData(source, DataConfig(max_bad_share=0.01), backbone, 0, process=0, processes=2)
+        try:
+            list(data._records(0, shuffled=False))
+        except ValueError:
+            stopped += 1
+    assert stopped == stops if stops in (0, 20) else stopped <= stops
+
+
+def test_a_stream_says_what_is_new_and_later_only_how_many(backbone, capsys, monkeypatch):
+    monkeypatch.setattr(StreamingData, "_first", lambda self: TrainingData({}, {}, ()))
+    data = StreamingData(Broken(4000, 8), DataConfig(max_bad_share=0.5), backbone, 0)
+    list(data._records(0, shuffled=False))
+    said = capsys.readouterr().err.splitlines()
+    named = [line for line in said if "is broken" in line]
+    assert len(named) == len(set(named)) == 20
+    assert len([line for line in said if "so far" in line]) == 4  # at 40, 80, 160, 320; some 500 are broken
+    assert len(said) < 40
 
 
 def test_a_stream_whose_sizes_cannot_be_told_is_refused(tmp_path, backbone):

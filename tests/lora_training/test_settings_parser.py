@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lora_training.evaluation.__main__ import parse as parse_evaluation
+from lora_training.settings_parser import load_yaml
 from lora_training.train import parse as parse_training
 
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -40,6 +41,17 @@ def test_what_is_no_configuration_is_said(tmp_path, capsys, parse, content, says
     words = capsys.readouterr().err
     assert says in words or ("nested" in says and "exceeded maximum nesting depth" in words)  # new PyYAMLs say it first
     assert len(words) < 10_000
+
+
+def test_no_is_a_word_where_a_setting_says_so_and_false_elsewhere(tmp_path):
+    """As messages advise it. YAML takes it for false."""
+    file = tmp_path / "my.yaml"
+    file.write_text("mixed_precision: no\nresume: No\ngradient_checkpointing: no\noptimizer: {learning_rate: 1e-4}\n")
+    config = parse_training(["--config", str(file)])
+    assert (config.mixed_precision, config.resume, config.gradient_checkpointing) == ("no", "no", False)
+    assert config.optimizer.learning_rate == 1e-4
+    assert load_yaml("resume: 'no'") == {"resume": "no"}
+    assert load_yaml("a: {precision: no, b: no}") == {"a": {"precision": "no", "b": False}}
 
 
 @pytest.mark.parametrize(
