@@ -44,7 +44,7 @@ from lora_training.cpu import keep_freed_memory, use_plain_attention
 from lora_training.data.latent_cache import LatentCache, TrainingData
 from lora_training.data.sources import Record
 from lora_training.data.stream import StreamingData
-from lora_training.objectives import ConsistencyObjective
+from lora_training.objectives import ConsistencyObjective, total
 from lora_training.students import Adapter
 from pcm_scheduler import PCMScheduler
 from pcm_scheduler.phases import PhaseGrid
@@ -106,7 +106,7 @@ class Training:
         generator = torch.Generator().manual_seed(0)
         told = {"prompt_embeds": torch.randn(shape[0], 77, self.backbone.unet.config.cross_attention_dim, generator=generator)}
         empty = {name: tensor[:1] for name, tensor in told.items()}
-        self.objective(torch.randn(*shape, generator=generator), told, empty, generator).backward()
+        total(self.objective.losses(torch.randn(*shape, generator=generator), told, empty, generator)).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 

@@ -19,7 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from lora_training.backbones.animatediff import AnimateDiff
 from lora_training.backbones.full_size import full_size_unet
 from lora_training.config import LoraConfig, ObjectiveConfig
-from lora_training.objectives import ConsistencyObjective
+from lora_training.objectives import ConsistencyObjective, total
 from lora_training.students import Adapter
 from pcm_scheduler.phases import PhaseGrid
 
@@ -80,7 +80,7 @@ def main() -> None:
     trained = sum(p.numel() for p in adapter.parameters.values())
     print(f"{weights / 1e6:.0f} M frozen parameters, {trained / 1e6:.1f} M trained: {adapter.describe()}", flush=True)
     begun = time.perf_counter()
-    loss = objective(latents, told, told, drawn)
+    loss = total(objective.losses(latents, told, told, drawn))
     loss.backward()
     optimizer.step()
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -93,18 +93,18 @@ def _plain(group: Mapping[str, object]) -> dict[str, object]:
     return {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in group.items() if k != "params"}
 
 
-def _flat(settings: Settings, prefix: str = "") -> Iterator[tuple[str, object]]:
+def flat(settings: Settings, prefix: str = "") -> Iterator[tuple[str, object]]:
     """Every setting by its full name, such as `lora.rank`."""
     for name, value in settings.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 
 
 def differences(then: Settings, now: Settings) -> dict[str, tuple[str, str]]:
     """Settings that two runs were told differently: full name -> (then, now), as JSON; `not set` where one has no such."""
-    before, after = (dict(_flat(json.loads(json.dumps(settings)))) for settings in (then, now))
+    before, after = (dict(flat(json.loads(json.dumps(settings)))) for settings in (then, now))
     said = {
         name: tuple(json.dumps(known[name]) if name in known else "not set" for known in (before, after))
         for name in before | after

@@ -541,6 +541,11 @@ class TrainConfig:
         for name, value in positive.items():
             if value <= 0:
                 raise ValueError(f"{name} must be positive; got {value}.")
+        if self.optimizer.name == "prodigy" and self.optimizer.learning_rate < 0.1:
+            raise ValueError(
+                "optimizer.name prodigy finds the step size itself and multiplies it by optimizer.learning_rate: set "
+                f"that to 1; got {self.optimizer.learning_rate:g}, with which nothing is learned."
+            )
         if self.data.aspect_buckets and self.data.resolution % self.data.bucket_step:
             raise ValueError(
                 f"data.resolution={self.data.resolution} must be a multiple of data.bucket_step={self.data.bucket_step}."

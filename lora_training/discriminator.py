@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .objectives import ConsistencyObjective, Landing
 
 
+ADVERSARIAL, CRITIC = "adversarial", "critic"  # of a loss's parts: the student's, weighted, and the critic's own
 _LARGE = 1024  # so that a gradient in half precision does not vanish on its way; a power of 2, so that it changes no other
 
 
@@ -162,8 +163,8 @@ class AdversarialLoss:
 
     def __call__(
         self, landing: Landing, objective: ConsistencyObjective, conditioning: Conditioning, generator: torch.Generator
-    ) -> torch.Tensor:
-        """weight * student's loss + critic's loss, each at its turns, a scalar to add.
+    ) -> dict[str, torch.Tensor]:
+        """weight * student's loss, and critic's loss, each at its turns: scalars to add.
 
         Args:
             landing: where the student and the target are.
@@ -173,7 +174,7 @@ class AdversarialLoss:
         """
         telling, learning = self.turns
         landed = landing.landed.detach().requires_grad_(telling)
-        loss = landed.new_zeros(())
+        losses = {}
         with objective.backbone.teacher():  # for the gradient too: checkpointing runs the teacher again
             with torch.set_grad_enabled(telling):
                 features = self.features(landed, landing, objective, conditioning, generator)
@@ -185,8 +186,8 @@ class AdversarialLoss:
                 for p in self.critic.parameters():
                     p.requires_grad_(True)
                 passed_on = ((landing.landed - landed.detach()) * pull).sum() / _LARGE
-                loss = self.config.weight * (wanted.detach() + passed_on)
+                losses[ADVERSARIAL] = self.config.weight * (wanted.detach() + passed_on)
         if learning:
             fake, real = self.critic([feature.detach() for feature in features]).chunk(2)
-            loss = loss + hinge(real, fake)
-        return loss
+            losses[CRITIC] = hinge(real, fake)
+        return losses

@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -27,18 +27,18 @@ from pcm_scheduler.lora_file import AdapterSettings
 from pcm_scheduler.phases import PhaseGrid
 
 from .backbones import load_backbone
-from .checkpoint import Checkpoints, NotFinite, check_finite, listed
+from .checkpoint import Checkpoints, NotFinite, check_finite, flat, listed
 from .config import DTYPES, TrainConfig
 from .cpu import coming_device, keep_freed_memory, precision_here, use_plain_attention
 from .data.latent_cache import LatentCache, TrainingData
 from .data.sources import open_source
 from .data.stream import StreamingData
-from .discriminator import AdversarialLoss
+from .discriminator import CRITIC, AdversarialLoss
 from .distances import load_lpips
 from .files import CannotWrite, check_writable, write_text, writing
 from .hub import check_repository, push
 from .model_card import model_card
-from .objectives import ConsistencyObjective, sampling_eta, target_decay
+from .objectives import CONSISTENCY, ConsistencyObjective, sampling_eta, target_decay, total
 from .optimizers import average_gradients, build_optimizer, check_installed, learning_rate
 from .randomness import generator_of, seed_of
 from .sharding import shard_mesh, whole
@@ -51,10 +51,15 @@ _MAY_CHANGE = (
     "log_with", "sampling", "validation", "push_to_hub", "dry_run", "data.cache", "data.encode_batch_size",
     # what a run that has stopped says may be changed; with the same ones it ends with the same weights
     "data.max_bad_share", "mixed_precision", "optimizer.learning_rate", "optimizer.max_grad_norm",
+    "num_processes",  # of the launch: the batch is another one then, and what each process draws
 )  # fmt: skip
 
 # In the messages of torch.distributed's backends when a connection to another process breaks or nothing comes from it.
 _LOST = re.compile(r"gloo|nccl|closed by peer|connection reset|timed out", re.IGNORECASE)
+
+
+class _Asked(Exception):  # noqa: N818  (not an error)
+    """To stop, before a step was done."""
 
 
 class Interrupted(Exception):  # noqa: N818  (not an error)
@@ -73,8 +78,8 @@ class Run:
     """
 
     def __init__(self, config: TrainConfig):
-        told = _precision_told(config)
-        self.precision = precision_here(told, coming_device())
+        precision = _precision_told(config)
+        self.precision = precision_here(precision, coming_device())
         self.config = config = replace(config, mixed_precision=self.precision)
         self.output = Path(config.output)
         self.folder = self.output.with_suffix(".run")
@@ -92,10 +97,15 @@ class Run:
                 "DeepSpeed keeps its own optimiser and writes its own pickled checkpoints, and this trainer has neither. "
                 "To split the weights between processes, launch with examples/accelerate/fsdp.yaml."
             )
-        if self.accelerator.is_main_process and _launched_precision() not in ("no", told):
-            print(f"mixed_precision is {told}, as configured, and not accelerate's {_launched_precision()}", file=sys.stderr)
+        if self.accelerator.is_main_process and _launched_precision() not in ("no", precision):
+            print(
+                f"mixed_precision is {precision}, as configured, and not accelerate's {_launched_precision()}", file=sys.stderr
+            )
         self.mesh = shard_mesh(self.accelerator)
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoints_kept, asdict(config), _MAY_CHANGE)
+        told = asdict(config) | {"num_processes": self.accelerator.num_processes}
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoints_kept, told, _MAY_CHANGE)
+        self._asked: list[int] = []  # signals to stop
+        self.figures: dict[str, float] = {}  # of the last step: the parts of its loss, and the length of its gradient
         set_seed(config.seed)
         on_cpu = self.accelerator.device.type == "cpu"
         if on_cpu:
@@ -103,7 +113,7 @@ class Run:
         self.backbone = load_backbone(config.model)
         if on_cpu:
             use_plain_attention(self.backbone.unet)
-        else:  # where memory is short, and every operation takes half precision
+        elif config.trainable == "lora":  # where memory is short, and every operation takes half precision
             self.backbone.unet.to(DTYPES[self.precision])
         for part in (self.backbone.vae, *self.backbone.text_encoders, self.backbone.unet):
             part.to(self.accelerator.device)
@@ -117,7 +127,8 @@ class Run:
         self.grids = config.grids(self.backbone.num_train_timesteps)
         if self.accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()  # what is shown is of training, not of encoding
-        self.student = build_student(self.backbone, config, self.mesh)
+        teacher_dtype = torch.float32 if on_cpu else DTYPES[self.precision]
+        self.student = build_student(self.backbone, config, self.mesh, teacher_dtype)
         if config.gradient_checkpointing:
             self.backbone.enable_gradient_checkpointing()
         if config.compile:
@@ -196,7 +207,11 @@ class Run:
         return self.grids[-1]
 
     def step(self, step: int) -> float:
-        """Optimisation step number `step`; returns the loss; NaN or infinite if it, or a gradient, was, and nothing changed."""
+        """Optimisation step number `step`; returns the loss; NaN or infinite if it, or a gradient, was, and nothing changed.
+
+        Raises:
+            _Asked: to stop, before it was done; nothing changed.
+        """
         config, device = self.config, self.accelerator.device
         names = (config.seed, self.accelerator.process_index, step)
         torch.manual_seed(seed_of(*names))  # dropout
@@ -207,38 +222,52 @@ class Run:
         losses = []
         self.optimizer.zero_grad()
         for micro in range(config.optimizer.gradient_accumulation):
+            if self._stopping():
+                raise _Asked
             generator = generator_of(*names, micro)
             batch = self.data.draw(config.optimizer.batch_size, generator, device, config.data.caption_dropout)
             with self.accelerator.autocast():
-                loss = objective(*batch, self.empty, generator, progress, self.critic) / config.optimizer.gradient_accumulation
+                parts = objective.losses(*batch, self.empty, generator, progress, self.critic)
+                loss = total(parts) / config.optimizer.gradient_accumulation
             self.accelerator.backward(loss)
-            losses.append(loss.detach())
-        total = self._agreed(sum(torch.stack(losses).tolist()))  # waits for a GPU, and so does the norm below
-        if not math.isfinite(total):
-            return total
+            losses.append(torch.stack([part.detach().float() for part in parts.values()]))
+        means = self._agreed(torch.stack(losses).mean(0))  # waits for a GPU, and so does the norm below
+        self.figures = dict(zip(parts, means, strict=True))
+        value = sum(means)
+        if not math.isfinite(value):
+            return value
         parameters = list(self.parameters.values())
         if self.mesh is None:
             average_gradients(parameters)
         self.optimizer.param_groups[0]["lr"] = learning_rate(config.optimizer, step)  # the critic's own is constant
-        norm = self.accelerator.clip_grad_norm_(self.student.parameters.values(), config.optimizer.max_grad_norm)
+        self.accelerator.unscale_gradients()  # once: accelerate's own clipping does it again under FSDP, which torch refuses
+        clipped = torch.nn.utils.clip_grad_norm_(self.student.parameters.values(), config.optimizer.max_grad_norm)
+        norm = whole(clipped).item()
         if self.accelerator.scaler is None and not self._finite(norm):
             return math.nan
         self.optimizer.step()
         if self.optimizer.step_was_skipped:  # by the scaler of fp16 losses, which takes a smaller scale from now on
             return math.nan
+        self.figures["grad_norm"] = norm
         self.student.update_target(target_decay(config.objective, progress))
-        return total
+        return value
 
-    def _finite(self, norm: torch.Tensor) -> bool:
+    def _finite(self, norm: float) -> bool:
         """Whether every gradient is, from the norm of the student's; the same in all processes, for gradients are."""
         judged = [p.grad.norm() for p in self.critic.parameters.values() if p.grad is not None] if self.critic else []
-        return math.isfinite(sum(judged, start=whole(norm).float()).item())
+        return math.isfinite(norm) and (not judged or math.isfinite(torch.stack(judged).sum().item()))
 
-    def _agreed(self, value: float) -> float:
-        """The mean over processes, so that all of them skip a bad step or none does."""
+    def _agreed(self, values: torch.Tensor) -> list[float]:
+        """The means over processes, so that all of them skip a bad step or none does; (N,)."""
+        if self.accelerator.num_processes > 1:
+            values = self.accelerator.reduce(values.to(self.accelerator.device), reduction="mean")
+        return values.tolist()
+
+    def _stopping(self) -> bool:
+        """Whether the run was asked to stop, in all processes or in none: a launcher kills what has not stopped in time."""
         if self.accelerator.num_processes == 1:
-            return value
-        return self.accelerator.reduce(torch.tensor(float(value), device=self.accelerator.device), reduction="mean").item()
+            return bool(self._asked)
+        return self._agreed(torch.tensor([float(len(self._asked))]))[0] > 0
 
     def train(self) -> Path:
         """All steps, from the newest checkpoint if there is one; returns the adapter file.
@@ -281,15 +310,22 @@ class Run:
                 print(f"weights are split between {self.mesh.size()} processes")
             write_text(self.folder / "config.yaml", yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
         if config.log_with != "none":
-            self.accelerator.init_trackers(self.output.stem, init_kwargs={"wandb": {"dir": str(self.folder)}})
+            told = {name: v if isinstance(v, (int, float, str)) else json.dumps(v) for name, v in flat(asdict(config))}
+            self.accelerator.init_trackers(self.output.stem, told, init_kwargs={"wandb": {"dir": str(self.folder)}})
         bar = tqdm(
             range(first, config.optimizer.steps), initial=first, total=config.optimizer.steps,
             desc=self.output.stem, disable=not main, mininterval=1.0,
         )  # fmt: skip
-        smoothed, bad, bad_in_a_row = None, 0, 0
-        with _stop_requests() as asked:
+        smoothed: dict[str, float] = {}
+        bad, bad_in_a_row, saved = 0, 0, first
+        with _stop_requests(self._asked):
             for step in bar:
-                value = self.step(step)
+                try:
+                    value = self.step(step)
+                except _Asked:
+                    if saved != step:
+                        self.checkpoints.save(*state, step, average, scaler, write=main)
+                    raise Interrupted(f"Stopped after step {step}; run the same command to go on.") from None
                 if not math.isfinite(value):
                     bad, bad_in_a_row = bad + 1, bad_in_a_row + 1
                     if bad_in_a_row >= config.max_bad_steps:
@@ -303,18 +339,16 @@ class Run:
                         bar.write(f"step {step}: the loss or its gradient is not finite; skipped", file=sys.stderr)
                 else:
                     bad_in_a_row = 0
-                    smoothed = value if smoothed is None else 0.98 * smoothed + 0.02 * value
+                    smoothed |= {name: 0.98 * smoothed.get(name, now) + 0.02 * now for name, now in self.figures.items()}
                 bar.set_postfix(self._shown(smoothed, step, bad, bar.format_dict["rate"]), refresh=False)
-                self.accelerator.log({"loss": value, "lr": learning_rate(config.optimizer, step), "skipped": bad}, step)
-                last = step + 1 == config.optimizer.steps
-                stop = self._agreed(len(asked)) > 0 and not last
-                due = (step + 1) % config.checkpoint_every == 0 and not last and not bad_in_a_row
-                if stop or due:
+                self.accelerator.log(self._logged(value, step, bad), step)
+                if step + 1 == config.optimizer.steps:
+                    break
+                if (step + 1) % config.checkpoint_every == 0 and not bad_in_a_row:
                     self.checkpoints.save(*state, step + 1, average, scaler, write=main)
-                if not stop and not last and config.validation.every and (step + 1) % config.validation.every == 0:
+                    saved = step + 1
+                if config.validation.every and (step + 1) % config.validation.every == 0:
                     self.validate(step + 1)
-                if stop:
-                    raise Interrupted(f"Stopped after step {step + 1}; run the same command to go on.")
         self.write()
         self.validate(config.optimizer.steps)
         if main:
@@ -339,10 +373,18 @@ class Run:
                 f"Upload it without training again: hf upload {repository} {self.output}"
             ) from error
 
-    def _shown(self, loss: float | None, step: int, bad: int, rate: float | None) -> dict[str, str]:
-        """For the progress bar; `rate` in steps a second."""
+    def _logged(self, loss: float, step: int, bad: int) -> dict[str, float]:
+        """For the tracker."""
+        parts = {name if name == "grad_norm" else f"loss/{name}": value for name, value in self.figures.items()}
+        return {"loss": loss, "lr": learning_rate(self.config.optimizer, step), "skipped": bad} | parts
+
+    def _shown(self, smoothed: Mapping[str, float], step: int, bad: int, rate: float | None) -> dict[str, str]:
+        """For the progress bar: the objective's own loss, and what the critic's says beside it; `rate` in steps a second."""
         config = self.config.optimizer
-        shown = {"loss": "nan" if loss is None else f"{loss:.4f}", "lr": f"{learning_rate(config, step):.1e}"}
+        shown = {"loss": f"{smoothed.get(CONSISTENCY, math.nan):.4f}"}
+        if CRITIC in smoothed:
+            shown["critic"] = f"{smoothed[CRITIC]:.3f}"
+        shown["lr"] = f"{learning_rate(config, step):.1e}"
         if bad:
             shown["skipped"] = str(bad)
         if rate:
@@ -415,11 +457,14 @@ class Run:
             return
         prompts = config.validation.prompts or self.data.captions[:4]
         autocast = self.accelerator.autocast
+        stopping = self._stopping if self.mesh else lambda: bool(self._asked)  # the others are at the next step already
         loss = fixed_loss(self.objectives[-1], self.data.fixed, config.optimizer.batch_size, config.validation.seed, autocast)
         with autocast():
             at_once = config.optimizer.batch_size  # which training has room for
-            sheet = draw_sheet(self.backbone, self.grid, config.validation, prompts, self.latent_shape, self.eta, at_once)
-        if not main:
+            sheet = draw_sheet(
+                self.backbone, self.grid, config.validation, prompts, self.latent_shape, self.eta, at_once, stopping
+            )
+        if not main or sheet is None:
             return
         sheet.save(self.folder / "samples" / f"step-{step:08d}.png")
         figures = {"validation_loss": loss, "consistency": sheet.consistency()}
@@ -490,22 +535,21 @@ def run(config: TrainConfig) -> Path:
 
 
 @contextmanager
-def _stop_requests() -> Iterator[list[int]]:
-    """A list that SIGTERM and the first Ctrl-C are put into; a second Ctrl-C stops at once."""
-    asked: list[int] = []
+def _stop_requests(asked: list[int]) -> Iterator[None]:
+    """Put SIGTERM and the first Ctrl-C into a list; a second Ctrl-C stops at once."""
 
     def note(number: int, frame: object) -> None:
         if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked.append(number)
-        print("\nstopping after this step ...", file=sys.stderr)
+        print("\nstopping when this batch is done ...", file=sys.stderr)
 
     try:
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not the main thread: its owner handles signals
         before = {}
     try:
-        yield asked
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

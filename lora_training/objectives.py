@@ -14,7 +14,7 @@ lands (arXiv 2405.18407, Eq. 7). They differ in the stop and in where that point
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -86,6 +86,14 @@ def to_any_point(start: Start, below: torch.Tensor, generator: torch.Generator) 
 
 Stop = Callable[[Start, torch.Tensor, torch.Generator], torch.Tensor]
 """(start, points below, generator) -> stops, (B,)."""
+
+CONSISTENCY = "consistency"  # of a loss's parts, the objective's own
+
+
+def total(losses: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The sum of a loss's parts, a scalar."""
+    return torch.stack(list(losses.values())).sum()
+
 
 Descend = Callable[["ConsistencyObjective", Start, torch.Tensor], torch.Tensor]
 """(objective, start, points below) -> samples there, (B, 4, h, w)."""
@@ -206,7 +214,7 @@ class ConsistencyObjective:
         generator: torch.Generator,
         progress: float = 1.0,
     ) -> Landing:
-        """A batch of jumps; arguments as of `__call__`."""
+        """A batch of jumps; arguments as of `losses`."""
         batch, device, kind = len(latents), latents.device, self.kind
         drawn = torch.randint(1, self.grid.num_solver_steps + 1, (batch,), generator=generator)
         n, edge = sent(drawn, device), sent(self.grid.target(drawn), device)
@@ -233,7 +241,7 @@ class ConsistencyObjective:
             return self.config.solver_skip
         return max(1, round(self.grid.num_solver_steps / discretization(self.config, progress)))
 
-    def __call__(
+    def losses(
         self,
         latents: torch.Tensor,
         conditioning: Conditioning,
@@ -241,8 +249,8 @@ class ConsistencyObjective:
         generator: torch.Generator,
         progress: float = 1.0,
         critic: AdversarialLoss | None = None,
-    ) -> torch.Tensor:
-        """The loss of a batch.
+    ) -> dict[str, torch.Tensor]:
+        """The parts of a batch's loss, scalars by name; their `total` is what is trained.
 
         Args:
             latents: x_0, (B, 4, h, w), scaled, float32.
@@ -253,5 +261,5 @@ class ConsistencyObjective:
             critic: adds its own loss and what it thinks of the landing.
         """
         landing = self.land(latents, conditioning, empty, generator, progress)
-        loss = self.distance(landing.landed, landing.target, self.levels(landing.stop)[0])
-        return loss if critic is None else loss + critic(landing, self, conditioning, generator)
+        parts = {CONSISTENCY: self.distance(landing.landed, landing.target, self.levels(landing.stop)[0])}
+        return parts if critic is None else parts | critic(landing, self, conditioning, generator)

@@ -48,13 +48,16 @@ PARTS: dict[str, Callable[[str], bool]] = {
 _MOTION_PROJECTIONS = ("proj_in", "proj_out")  # diffusers (0.42) calls them with `input=`, which PEFT's layers do not take
 
 
-def build_student(backbone: Backbone, config: TrainConfig, mesh: DeviceMesh | None = None) -> Student:
-    """What `trainable` names, on a backbone whose weights are where and in what precision they will stay.
+def build_student(
+    backbone: Backbone, config: TrainConfig, mesh: DeviceMesh | None = None, teacher_dtype: torch.dtype = torch.float32
+) -> Student:
+    """What `trainable` names, on a backbone whose weights are where they will stay.
 
     Args:
         backbone: gets the student.
         config: of the run.
         mesh: processes to split the weights between.
+        teacher_dtype: of the teacher of a whole UNet; beneath an adapter the teacher stays as the backbone has it.
 
     Raises:
         ValueError: `lora.init_adapter` does not fit.
@@ -62,7 +65,7 @@ def build_student(backbone: Backbone, config: TrainConfig, mesh: DeviceMesh | No
     averaged = config.objective.target_ema > 0
     student: Student
     if config.trainable == "unet":
-        student = WholeUNet(backbone, averaged)
+        student = WholeUNet(backbone, averaged, teacher_dtype)
     else:
         student = adapter = Adapter(backbone, config.lora, config.seed, averaged, config.model.image_adapter)
         if config.lora.init_adapter:
@@ -313,13 +316,15 @@ class WholeUNet(Student):
     """Every weight of the UNet. The teacher is what the UNet was, kept frozen beside it, as is a running average.
 
     Args:
-        backbone: its UNet becomes the teacher, in the precision it has, and a float32 copy the student.
+        backbone: its UNet becomes the teacher, and a float32 copy of what it was before that the student.
         averaged: keep a third copy, a running average of the student, for `target`.
+        teacher_dtype: of the teacher's weights.
     """
 
-    def __init__(self, backbone: Backbone, averaged: bool = False):
+    def __init__(self, backbone: Backbone, averaged: bool = False, teacher_dtype: torch.dtype = torch.float32):
         self.backbone, self._teacher = backbone, backbone.unet
         student = copy.deepcopy(self._teacher).float().requires_grad_(True)
+        self._teacher.to(teacher_dtype)
         self._target = copy.deepcopy(student).requires_grad_(False) if averaged else student
         backbone.unet = backbone.pipe.unet = student
         backbone.student = self

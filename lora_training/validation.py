@@ -17,7 +17,7 @@ from .backbones import Backbone
 from .config import ValidationConfig
 from .data.latent_cache import TrainingData
 from .files import replaced
-from .objectives import ConsistencyObjective
+from .objectives import ConsistencyObjective, total
 from .randomness import generator_of
 
 _STREAM = 2**32 - 1  # of random numbers, beside those of training's processes
@@ -93,8 +93,9 @@ def draw_sheet(
     shape: tuple[int, ...],
     eta: float,
     at_once: int,
-) -> Sheet:
-    """The student's pictures through the family's own pipeline.
+    stopping: Callable[[], bool] = lambda: False,
+) -> Sheet | None:
+    """The student's pictures through the family's own pipeline; None if it was to stop before they were drawn.
 
     Args:
         backbone: with its adapter.
@@ -104,6 +105,7 @@ def draw_sheet(
         shape: of one sample's latents, (4, h, w) or (4, F, h, w).
         eta: of the sampler.
         at_once: prompts in a call of the pipeline. They change nothing beyond rounding: every picture has noise of its own.
+        stopping: asked before every row.
     """
     pipe, before = backbone.pipe, backbone.pipe.scheduler
     pipe.scheduler = PCMScheduler.from_config(
@@ -118,6 +120,8 @@ def draw_sheet(
     try:
         with backbone.alone, _whole_pipeline(backbone), _evaluating(backbone.unet):
             for steps, guidance in rows:
+                if stopping():
+                    return None
                 call = {"height": height, "width": width, "eta": eta, "num_inference_steps": steps, "guidance_scale": guidance}
                 drawn = [
                     backbone.sample_latents(
@@ -157,10 +161,10 @@ def fixed_loss(
     """
     device = objective.backbone.unet.device
     empty = {name: tensor.to(device, torch.float32) for name, tensor in data.empty.items()}
-    total = 0.0
+    summed = 0.0
     for i in range(batches):
         generator = generator_of(seed, _STREAM, i)
         batch = data.draw(batch_size, generator, device)
         with autocast(), _evaluating(objective.backbone.unet):
-            total += objective(*batch, empty, generator).item()
-    return total / batches
+            summed += total(objective.losses(*batch, empty, generator)).item()
+    return summed / batches

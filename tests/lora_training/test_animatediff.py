@@ -32,7 +32,7 @@ from lora_training.distances import build_distance
 from lora_training.dry_run import describe
 from lora_training.frames import batch_as_frames, draw_noise, frames_as_batch
 from lora_training.loop import Interrupted, Run
-from lora_training.objectives import ConsistencyObjective
+from lora_training.objectives import ConsistencyObjective, total
 from lora_training.students import Adapter
 from pcm_scheduler import PCMScheduler, export_clip, load_pcm_lora, load_pcm_unet, read_settings
 from pcm_scheduler.lora_file import AdapterSettings, adapter_tensors, read_lora, write_video_adapter
@@ -408,7 +408,7 @@ def test_the_students_gradient_through_decoded_clips(folders):
     def drawn():
         return torch.Generator().manual_seed(0)
 
-    adversarial(objective.land(latents, told, empty, drawn()), objective, told, drawn()).backward()
+    total(adversarial(objective.land(latents, told, empty, drawn()), objective, told, drawn())).backward()
     ours = {name: p.grad.clone() for name, p in adapter.parameters.items()}
     assert all(p.grad is not None for p in adversarial.parameters.values())
     for p in (*adapter.parameters.values(), *adversarial.parameters.values()):

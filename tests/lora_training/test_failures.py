@@ -5,13 +5,16 @@ from __future__ import annotations
 import csv
 import dataclasses
 import errno
+import math
 import os
+import signal
 import time
 from pathlib import Path
 
 import pytest
 import tiny_models
 import torch
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from training_runs import losses_of, stop_at, tiny_config, tiny_folder
 
@@ -314,10 +317,13 @@ def test_a_gradient_that_is_not_finite_changes_nothing(folder, tmp_path, adversa
 
 
 def test_steps_that_are_skipped_are_said_with_their_number(folder, tmp_path, monkeypatch, capsys):
-    original, calls = ConsistencyObjective.__call__, iter(range(100))
-    monkeypatch.setattr(
-        ConsistencyObjective, "__call__", lambda self, *a: original(self, *a) * (float("nan") if next(calls) in (2, 3) else 1)
-    )
+    original, calls = ConsistencyObjective.losses, iter(range(100))
+
+    def sometimes_nan(self, *batch):
+        factor = float("nan") if next(calls) in (2, 3) else 1
+        return {name: loss * factor for name, loss in original(self, *batch).items()}
+
+    monkeypatch.setattr(ConsistencyObjective, "losses", sometimes_nan)
     run(tiny_config(folder, tmp_path / "a.safetensors"))
     said = capsys.readouterr().err
     assert "step 2: the loss or its gradient is not finite; skipped" in said
@@ -352,6 +358,79 @@ def test_pictures_of_nothing_are_said(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loop, "fixed_loss", lambda *arguments: float("nan"))
     run(tiny_config(folder, tmp_path / "a.safetensors"))
     assert "after step 6: validation_loss is nan" in capsys.readouterr().err
+
+
+def test_a_run_stops_between_the_batches_of_a_long_step(folder, tmp_path, monkeypatch):
+    """A launcher of several processes kills what has not stopped half a minute after it was asked to."""
+    batches = {"optimizer.gradient_accumulation": 4, "optimizer.steps": 3}
+    whole = load_file(run(tiny_config(folder, tmp_path / "whole.safetensors", **batches)))
+    config = tiny_config(folder, tmp_path / "a.safetensors", **batches)
+    with monkeypatch.context() as patch:
+        seen = []
+        original = ConsistencyObjective.losses
+        patch.setattr(ConsistencyObjective, "losses", lambda *given: seen.append(0) or original(*given))
+        stop_at(patch, 5)  # the second batch of step 1
+        with pytest.raises(Interrupted, match="after step 1;"):
+            run(config)
+    assert len(seen) == 6
+    run(config)
+    assert same(config.output, whole)
+
+
+def test_a_run_stops_between_the_rows_of_a_sheet(folder, tmp_path, monkeypatch):
+    looked = {"validation.every": 2, "validation.steps": "[1, 2, 4]"}
+    whole = load_file(run(tiny_config(folder, tmp_path / "whole.safetensors", **looked)))
+    config = tiny_config(folder, tmp_path / "a.safetensors", **looked)
+    rows, draw = [], Backbone.sample_latents
+    with monkeypatch.context() as patch:
+
+        def asked(self, *given, **call):
+            rows.append(call["num_inference_steps"])
+            os.kill(os.getpid(), signal.SIGTERM)
+            return draw(self, *given, **call)
+
+        patch.setattr(Backbone, "sample_latents", asked)
+        with pytest.raises(Interrupted, match="after step 2;"):
+            run(config)
+    assert rows == [1]
+    assert not list((tmp_path / "a.run").rglob("*.png"))
+    run(config)
+    assert same(config.output, whole)
+
+
+def test_another_number_of_processes_is_said(folder, tmp_path, monkeypatch, capsys):
+    """The batch is another one then. A checkpoint of two processes, gone on with in one."""
+    config = tiny_config(folder, tmp_path / "a.safetensors")
+    stopped = Run(config)
+    stopped.checkpoints = dataclasses.replace(stopped.checkpoints, settings=stopped.checkpoints.settings | {"num_processes": 2})
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        with pytest.raises(Interrupted):
+            stopped.train()
+    run(config)
+    assert "num_processes: 2 in the checkpoint, 1 now" in capsys.readouterr().err
+
+
+def test_fp16_losses_are_unscaled_once_under_fsdp(folder, tmp_path, monkeypatch):
+    """Accelerate's clipping does it a second time there, which torch refuses. FSDP itself wants two processes."""
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    training = Run(tiny_config(folder, tmp_path / "a.safetensors"))
+    before = {name: p.detach().clone() for name, p in training.parameters.items()}
+    accelerator = training.accelerator
+    accelerator.scaler, accelerator.native_amp = torch.amp.GradScaler("cpu", init_scale=64.0), True
+    monkeypatch.setattr(accelerator.state, "_mixed_precision", "fp16")
+    accelerator._optimizers.clear()
+    training.optimizer = accelerator.prepare_optimizer(training.optimizer.optimizer)
+    monkeypatch.setattr(accelerator.state, "distributed_type", DistributedType.FSDP)
+    assert math.isfinite(training.step(0))
+    assert training.figures["grad_norm"] == pytest.approx(unscaled(folder, tmp_path).figures["grad_norm"], rel=1e-4)
+    assert any(not torch.equal(p, before[name]) for name, p in training.parameters.items())
+
+
+def unscaled(folder, tmp_path):
+    training = Run(tiny_config(folder, tmp_path / "b.safetensors"))
+    training.step(0)
+    return training
 
 
 def test_a_clock_that_jumps_changes_nothing(folder, unbroken, tmp_path, monkeypatch, capsys):

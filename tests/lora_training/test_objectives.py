@@ -19,7 +19,15 @@ from lora_training.critic_features import cropped, draw_corners, draw_level, imp
 from lora_training.discriminator import AdversarialLoss, hinge
 from lora_training.dry_run import describe
 from lora_training.loop import Interrupted, Run, run
-from lora_training.objectives import KINDS, ConsistencyObjective, discretization, sampling_eta, target_decay, to_any_point
+from lora_training.objectives import (
+    KINDS,
+    ConsistencyObjective,
+    discretization,
+    sampling_eta,
+    target_decay,
+    to_any_point,
+    total,
+)
 from lora_training.phase_edges import teacher_curvature
 from lora_training.students import Adapter, WholeUNet
 from lora_training.teacher import guided_prediction
@@ -187,7 +195,7 @@ def test_the_students_gradient_is_that_of_the_critics_judgement(student):
     adversarial = AdversarialLoss(backbone, AdversarialConfig(weight=0.5, heads=1, width=8), seed=0, resolution=128)
     landing = objective.land(latents, told, empty, generator())
     draws = generator()
-    adversarial(landing, objective, told, draws).backward()
+    total(adversarial(landing, objective, told, draws)).backward()
     ours = {name: p.grad.clone() for name, p in trained.parameters.items() if p.grad is not None}
     assert all(p.grad is not None for p in adversarial.parameters.values())
 
@@ -250,7 +258,7 @@ def test_the_students_gradient_through_pictures(settings):
     config = dataclasses.replace(IN_PIXELS, cadence="alternate", **settings)
     adversarial = AdversarialLoss(backbone, config, seed=0, resolution=128)
     adversarial.step = 1
-    adversarial(objective.land(latents, told, empty, generator()), objective, told, generator()).backward()
+    total(adversarial(objective.land(latents, told, empty, generator()), objective, told, generator())).backward()
     ours = {name: p.grad.clone() for name, p in trained.parameters.items()}
     assert all(p.grad is None for p in adversarial.parameters.values())  # it is told, and does not learn
 
@@ -273,7 +281,7 @@ def test_the_students_gradient_through_pictures(settings):
     for p in trained.parameters.values():
         p.grad = None
     adversarial.step = 2  # the critic learns, and the student is not told
-    loss = adversarial(objective.land(latents, told, empty, generator()), objective, told, generator())
+    loss = total(adversarial(objective.land(latents, told, empty, generator()), objective, told, generator()))
     loss.backward()
     assert loss.item() == pytest.approx(2, abs=1)
     assert all(p.grad is None for p in trained.parameters.values())

@@ -16,6 +16,7 @@ import pytest
 import tiny_models
 import torch
 import yaml
+from accelerate import Accelerator
 from diffusers import AnimateDiffPipeline, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig as PeftLoraConfig
@@ -44,11 +45,11 @@ from lora_training.cpu import use_plain_attention
 from lora_training.distances import build_distance, pseudo_huber
 from lora_training.dry_run import dry_run
 from lora_training.loop import Interrupted, Run, run
-from lora_training.objectives import ConsistencyObjective
+from lora_training.objectives import ConsistencyObjective, total
 from lora_training.optimizers import build_optimizer
 from lora_training.randomness import generator_of
 from lora_training.sharding import shard_mesh
-from lora_training.students import TARGET, Adapter, adapted_modules
+from lora_training.students import TARGET, Adapter, WholeUNet, adapted_modules
 from lora_training.teacher import SOLVERS, Levels, guided_prediction
 from lora_training.train import parse
 from lora_training.validation import draw_sheet
@@ -125,14 +126,14 @@ def test_a_run_that_is_stopped_and_resumed_is_the_same_bit_for_bit(
 
 
 def test_bad_steps_are_skipped_and_too_many_in_a_row_stop_the_run(pictures, tmp_path, monkeypatch):
-    original, bad = ConsistencyObjective.__call__, {1, 3}
+    original, bad = ConsistencyObjective.losses, {1, 3}
     calls = iter(range(10**6))
 
     def sometimes_nan(self, *args):
-        loss = original(self, *args)
-        return loss * float("nan") if next(calls) in bad else loss
+        factor = float("nan") if next(calls) in bad else 1
+        return {name: loss * factor for name, loss in original(self, *args).items()}
 
-    monkeypatch.setattr(ConsistencyObjective, "__call__", sometimes_nan)
+    monkeypatch.setattr(ConsistencyObjective, "losses", sometimes_nan)
     written = run(config_for(pictures, tmp_path / "some.safetensors", max_bad_steps=2))
     assert all(tensor.isfinite().all() for tensor in load_file(written).values())
     first = next(calls) + 1
@@ -163,7 +164,7 @@ def test_gradients_accumulate_over_fresh_batches(pictures, tmp_path):
     for micro in range(2):
         generator = generator_of(0, 0, 0, micro)
         batch = single.data.draw(2, generator, torch.device("cpu"))
-        single.objectives[0](*batch, single.data.empty, generator).backward()
+        total(single.objectives[0].losses(*batch, single.data.empty, generator)).backward()
         expected = [p.grad for p in single.parameters.values()]
     norm = torch.cat([g.flatten() for g in expected]).norm() / 2
     for ours, summed in zip(accumulated.parameters.values(), expected, strict=True):
@@ -470,7 +471,7 @@ def test_an_upload_that_fails_says_that_the_adapter_is_finished(pictures, tmp_pa
     [
         ({"push_to_hub": "a/b/c"}, "push_to_hub"),
         ({"push_to_hub": "me/mine"}, "hf auth login"),
-        ({"optimizer.name": "prodigy"}, "optimizer.name"),
+        ({"optimizer.name": "prodigy", "optimizer.learning_rate": 1.0}, "optimizer.name"),
         ({"lora.init_adapter": "nowhere.safetensors"}, "lora.init_adapter: there is no file"),
         ({"lora.targets": ("to_qq",)}, "lora.targets"),
         ({"objective.distance": "lpips"}, "objective.lpips_weights"),
@@ -492,6 +493,16 @@ def test_an_optimiser_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr("lora_training.optimizers.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install bitsandbytes"):
         build_optimizer(OptimizerConfig(name="adamw8bit"), [torch.nn.Parameter(torch.zeros(1))])
+
+
+def test_a_whole_unet_begins_from_what_was_loaded_and_not_from_its_teachers_rounding():
+    backbone = load_backbone(ModelConfig(path=str(MODEL_DIR)))
+    loaded = {name: p.detach().clone() for name, p in backbone.unet.named_parameters()}
+    student = WholeUNet(backbone, averaged=True, teacher_dtype=torch.bfloat16)
+    for parameters in (student.parameters, student.target_parameters):
+        assert all(torch.equal(p, loaded[name]) for name, p in parameters.items())
+    with backbone.teacher():
+        assert all(torch.equal(p, loaded[name].bfloat16()) for name, p in backbone.unet.named_parameters())
 
 
 def test_adapters_are_in_single_precision_over_a_half_precision_network():
@@ -553,7 +564,24 @@ def test_tensorboard_sees_the_loss(pictures, tmp_path):
     run(config_for(pictures, tmp_path / "a.safetensors", log_with="tensorboard"))
     events = EventAccumulator(str(next((tmp_path / "a.run").rglob("events.out.*")).parent)).Reload()
     assert [event.step for event in events.Scalars("loss")] == [0, 1, 2, 3]
-    assert {"lr", "validation_loss", "consistency"} <= set(events.Tags()["scalars"])
+    known = {"lr", "loss/consistency", "grad_norm", "validation_loss", "consistency"}
+    assert known <= set(events.Tags()["scalars"])
+    told = yaml.safe_load(next((tmp_path / "a.run").rglob("hparams.yml")).read_text(encoding="utf-8"))
+    assert (told["lora.rank"], told["optimizer.learning_rate"]) == (4, 1e-3)
+
+
+def test_what_the_critic_says_is_logged_beside_the_objective(tmp_path, monkeypatch):
+    """The sum of both hides what either does: the critic's is about 2, and the objective's a hundredth of that."""
+    seen = []
+    monkeypatch.setattr(Accelerator, "log", lambda self, figures, step: seen.append(figures))
+    critic = {"adversarial.weight": 0.1, "adversarial.cadence": "alternate", "adversarial.heads": 1, "adversarial.width": 8}
+    run(tiny_config(tiny_folder(tmp_path), tmp_path / "a.safetensors", **critic))
+    for step, figures in enumerate(seen[:6]):
+        own = "loss/adversarial" if step % 2 else "loss/critic"
+        parts = {name for name in figures if name.startswith("loss/")}
+        assert parts == {"loss/consistency", own}
+        assert figures["loss"] == pytest.approx(sum(figures[name] for name in parts))
+        assert figures["grad_norm"] > 0
 
 
 def test_validation_leaves_the_run_as_it_was(tmp_path):
@@ -887,6 +915,7 @@ def test_a_run_ends_well_when_its_launcher_is_asked_to(pictures, tmp_path):
         ("validation.seed", -1, "validation.seed must be 0 or more"),
         ("optimizer.warmup_steps", -5, "optimizer.warmup_steps must be 0 or more"),
         ("objective.huber_c", -1, "objective.huber_c must be positive"),
+        ("optimizer.name", "prodigy", "set that to 1; got 5e-06"),
         ("objective.target_ema", 1, "objective.target_ema must be less than 1"),
         ("lora.dropout", 1, "lora.dropout must be less than 1"),
         ("seed", 2**32, "seed must be from 0 to"),
