@@ -17,7 +17,8 @@ from pcm_scheduler.checks import shortened
 from pcm_scheduler.phases import PhaseGrid
 
 _MOST_GUIDANCE = 1e6  # that the header of an adapter may state, which is written when all is trained
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of the networks
+Precision = Literal["no", "fp16", "bf16"]
+DTYPES: dict[Precision, torch.dtype] = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of the networks
 
 # `all` is PCM's own list: attention, feed-forward, projections, resnet convolutions, samplers, time embeddings.
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -78,6 +79,8 @@ class ModelConfig:
         path: a diffusers folder, a hub id, or a single `.safetensors` checkpoint.
         family: which backbone reads it.
         prediction_type: overrides the model's own, for single files that do not say `v_prediction`; None: as the model says.
+        variant: of a diffusers folder's files, such as `fp16`; empty: the plain ones, or those of fp16 where a local folder has
+            no others.
         single_file_config: the diffusers folder or hub id whose configuration a single file has; empty: diffusers guesses.
         teacher_loras: LoRA files merged into the teacher, and so into the student's body, such as a style; at scale 1.
         beta_schedule: of the noise, for teacher, student and whoever samples the adapter, whose header states it; None: as the
@@ -91,6 +94,7 @@ class ModelConfig:
     path: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     family: Literal["sd15", "sdxl", "animatediff"] = "sd15"
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
+    variant: str = ""
     single_file_config: str = ""
     teacher_loras: tuple[str, ...] = ()
     beta_schedule: Literal["linear", "scaled_linear"] | None = None

@@ -28,7 +28,7 @@ from pcm_scheduler.phases import PhaseGrid
 
 from .backbones import load_backbone
 from .checkpoint import Checkpoints, NotFinite, check_finite, flat, listed
-from .config import DTYPES, TrainConfig
+from .config import DTYPES, Precision, TrainConfig
 from .cpu import coming_device, keep_freed_memory, precision_here, use_plain_attention
 from .data.latent_cache import LatentCache, TrainingData
 from .data.sources import open_source
@@ -54,6 +54,7 @@ _MAY_CHANGE = (
     "num_processes",  # of the launch: the batch is another one then, and what each process draws
 )  # fmt: skip
 
+_ONE_PRECISION = "uniform original parameter dtype"  # in what FSDP says (torch 2.6 and 2.7) of weights in several
 # In the messages of torch.distributed's backends when a connection to another process breaks or nothing comes from it.
 _LOST = re.compile(r"gloo|nccl|closed by peer|connection reset|timed out", re.IGNORECASE)
 
@@ -404,6 +405,13 @@ class Run:
             yield
         except torch.OutOfMemoryError as error:
             raise RuntimeError(f"Out of memory. Next to try: {smaller()}. ({str(error).splitlines()[0]})") from error
+        except AssertionError as error:
+            if _ONE_PRECISION not in str(error):
+                raise
+            raise RuntimeError(
+                f"FSDP of torch {torch.__version__} takes weights of one precision, and an adapter is in float32 over networks "
+                f"in {self.precision}. Take a newer torch, set mixed_precision to no, or launch without FSDP. {self._goes_on}"
+            ) from error
         except (CannotWrite, NotFinite) as error:
             raise RuntimeError(f"{error} {self._goes_on}") from error
         except OSError as error:
@@ -560,16 +568,17 @@ def _launched_precision() -> str:
     return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
-def _precision_told(config: TrainConfig) -> str:
+def _precision_told(config: TrainConfig) -> Precision:
     """By the configuration, else by the launcher.
 
     Raises:
         ValueError: the launcher's is none that the trainer has, such as fp8.
     """
     told = _launched_precision() if config.mixed_precision == "auto" else config.mixed_precision
-    if told not in DTYPES:
+    found = next((precision for precision in DTYPES if precision == told), None)
+    if found is None:
         raise ValueError(f"accelerate's mixed_precision is {told}; the trainer has {', '.join(DTYPES)}.")
-    return told
+    return found
 
 
 def _step_of(row: str) -> int:

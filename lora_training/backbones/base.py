@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 DECODED_AT_ONCE = 16  # pictures, or frames of clips
 
 
+def local_variant(folder: Path) -> str | None:
+    """`fp16` for a local model of which only these files were downloaded; None for any other."""
+    files = list((folder / "unet").glob("*.safetensors"))
+    return "fp16" if files and all(".fp16" in file.name for file in files) else None
+
+
 class Backbone(ABC):
     """A frozen model, and what is trained on it once a `student` is there.
 
@@ -79,7 +85,8 @@ class Backbone(ABC):
         else:
             if Path(path).exists() and not (Path(path) / "model_index.json").is_file():
                 raise ValueError(f"model.path {path} is not a diffusers model folder: it has no model_index.json.")
-            pipe = cls.pipeline_class.from_pretrained(path, use_safetensors=True, **cls.load_arguments)
+            variant = config.variant or local_variant(Path(path))
+            pipe = cls.pipeline_class.from_pretrained(path, variant=variant, use_safetensors=True, **cls.load_arguments)
         pipe.to(torch.float32)
         for lora in config.teacher_loras:
             if lora.endswith(".safetensors") and not Path(lora).is_file():

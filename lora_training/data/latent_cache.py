@@ -253,6 +253,8 @@ class LatentCache:
         parts = ["4", self.source.identity, settings + clips, self.model.path, _weights(self.model.path)]
         if self.model.teacher_loras:
             parts.append([(path, _weights(path)) for path in self.model.teacher_loras])
+        if self.model.variant:
+            parts.append({"variant": self.model.variant})
         if self.model.single_file_config:
             parts.append(self.model.single_file_config)
         return self.root / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

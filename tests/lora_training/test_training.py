@@ -692,6 +692,15 @@ def test_sdxl_trains_and_its_file_loads_exactly(tmp_path):
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)  # stored in fp16
 
 
+@pytest.mark.parametrize("variant", ["", "fp16"])
+def test_a_model_of_which_only_fp16_files_were_downloaded_is_read(tmp_path, variant):
+    pipe = tiny_models.image_pipeline()
+    pipe.to(torch.float16).save_pretrained(tmp_path, variant="fp16")
+    read = load_backbone(ModelConfig(path=str(tmp_path), variant=variant))
+    for name, p in read.unet.named_parameters():
+        assert torch.equal(p, pipe.unet.get_parameter(name).float()), name
+
+
 def test_a_model_of_another_family_is_refused(tmp_path):
     tiny_models.sdxl_pipeline().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="sdxl"):
