@@ -39,8 +39,10 @@ def load_pcm_lora(
 ) -> AdapterSettings:
     """Load an adapter's weights and set `pipe.scheduler` to the `PCMScheduler` it was trained for.
 
-    The noise schedule stays the pipeline's, unless the file states the betas that it was trained on. Of a video adapter's three
-    files the whole one is enough; its `_motion` and `_spatial` parts load too, each under an adapter_name of its own.
+    The noise schedule stays the pipeline's, unless the file states the betas that it was trained on. Other adapters that act go
+    on acting, at their weights, but for those that this function loaded: of them the newest acts alone. Of a video adapter's
+    three files the whole one is enough; its `_motion` and `_spatial` parts load too, each under an adapter_name of its own, and
+    `pipe.set_adapters` with both names makes both act.
 
     Args:
         pipe: any diffusers pipeline with `load_lora_weights` and a scheduler.
@@ -55,7 +57,7 @@ def load_pcm_lora(
     Raises:
         ValueError: the file is not safetensors, neither it nor the caller says the phases, it was trained for another
             prediction type or number of timesteps than the pipeline's or for another UNet, it adapts motion modules that
-            the pipeline has not, or an adapter of that name is fused into the weights. The pipeline is then as it was.
+            the pipeline has not, or an adapter is fused into the weights. The pipeline is then as it was.
     """
     if not hasattr(pipe, "unet"):
         raise ValueError(f"{type(pipe).__name__} has no UNet. PCM adapters here are for SD1.5, SDXL and AnimateDiff.")
@@ -70,11 +72,13 @@ def load_pcm_lora(
     with without_compiler(pipe):
         _check_motion(pipe, lora, path)
         _check_fit(pipe, pipe.unet, lora, path)
-        _check_fused(pipe, adapter_name)
+        _check_fused(pipe)
         weights = _weights(pipe, lora, path)  # the last that may refuse
+        beside = _active_beside(pipe, adapter_name)
         if adapter_name in {name for names in pipe.get_list_adapters().values() for name in names}:
             pipe.delete_adapters(adapter_name)
         weights.load(pipe, adapter_name)
+        _activate(pipe, adapter_name, beside)
     if lora.without_alpha:
         logger.warning(
             f"{path.name} says no alpha of {len(lora.without_alpha)} modules, so that they act with alpha = rank: too strong "
@@ -113,14 +117,60 @@ def _in_diffusers_names(pipe: Any, lora: LoraTensors, path: Path) -> LoraTensors
     return replace(rest, modules=rest.modules | stated.modules, paths=rest.paths | stated.paths)
 
 
-def _check_fused(pipe: Any, adapter_name: str) -> None:
-    """Refuse to take away what is merged into the weights, where it would stay."""
-    merged = {name for module in pipe.unet.modules() if isinstance(module, BaseTunerLayer) for name in module.merged_adapters}
-    if adapter_name in merged:
-        raise ValueError(
-            f"The adapter {adapter_name!r} is fused into the UNet's weights, and would stay there beside the new one. "
-            "Call pipe.unfuse_lora() first, or choose another adapter_name to have both."
-        )
+_LOADED = "loaded_by_load_pcm_lora"  # set on the PEFT configurations of PCM adapters, with which it goes
+
+
+def _adapter_layers(pipe: Any) -> dict[str, list[BaseTunerLayer]]:
+    """PEFT's layers in each network that LoRAs are for, by the network's name."""
+    names = ("unet", *(prefix.rstrip(".") for prefix in TEXT_ENCODERS))
+    networks = {name: getattr(pipe, name, None) for name in names}
+    return {
+        name: [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+        for name, network in networks.items()
+        if network is not None
+    }
+
+
+def _check_fused(pipe: Any) -> None:
+    """Refuse while anything is merged into the weights: PEFT (0.21) takes it out when another adapter is added."""
+    for network, layers in _adapter_layers(pipe).items():
+        merged = sorted({name for layer in layers for name in layer.merged_adapters})
+        if merged:
+            raise ValueError(
+                f"Adapters are fused into the weights of {network}, which loading another would undo: {', '.join(merged)}. "
+                "Call pipe.unfuse_lora() first, and pipe.fuse_lora() afterwards to fuse all that act; or call "
+                "pipe.unload_lora_weights() to leave them in the weights for good."
+            )
+
+
+def _active_beside(pipe: Any, adapter_name: str) -> dict[str, list[str]]:
+    """The adapters that act now and stay beside a new PCM adapter, by network: no other PCM adapter, and none of its name."""
+    configs = getattr(pipe.unet, "peft_config", {})
+    replaced = {adapter_name, *(name for name, config in configs.items() if hasattr(config, _LOADED))}
+    return {
+        network: [
+            name
+            for name in dict.fromkeys(name for layer in layers if not layer.disable_adapters for name in layer.active_adapters)
+            if name not in replaced
+        ]
+        for network, layers in _adapter_layers(pipe).items()
+    }
+
+
+def _activate(pipe: Any, adapter_name: str, beside: Mapping[str, list[str]]) -> None:
+    """Let the new adapter act, and beside it what acted before: diffusers (0.42) lets the newest act alone.
+
+    Not by `pipe.set_adapters`, which sets all weights anew, nor `pipe.enable_lora`, which lets act what was switched off.
+    """
+    setattr(pipe.unet.peft_config[adapter_name], _LOADED, True)
+    for network, layers in _adapter_layers(pipe).items():
+        active = list(beside[network])
+        if adapter_name in getattr(getattr(pipe, network), "peft_config", {}):
+            active.append(adapter_name)
+        for layer in layers:
+            layer.set_adapter(active)
+            if active:
+                layer.enable_adapters(enabled=True)
 
 
 def _check_motion(pipe: Any, lora: LoraTensors, path: Path) -> None:

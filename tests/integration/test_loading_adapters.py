@@ -158,16 +158,61 @@ def test_an_adapter_that_says_no_alpha_is_loaded_with_a_warning(lora, tmp_path, 
     assert not said
 
 
-def test_a_fused_adapter_is_not_replaced_by_a_second_on_top_of_it(lora, expected, tmp_path):
+@pytest.mark.parametrize("name", ["pcm", "second"])
+def test_a_fused_adapter_is_not_taken_out_by_loading_another(lora, expected, tmp_path, name):
+    """PEFT takes all that is fused out of the weights when an adapter is added."""
     path = saved(tmp_path / "kohya.safetensors", to_kohya(lora))
     pipe = image_pipeline()
     load_pcm_lora(pipe, path)
     pipe.fuse_lora()
-    with pytest.raises(ValueError, match=r"'pcm' is fused .*unfuse_lora"):
-        load_pcm_lora(pipe, path)
+    fused = output(pipe)
+    with pytest.raises(ValueError, match=r"fused into the weights of unet.*: pcm\. .*unfuse_lora"):
+        load_pcm_lora(pipe, path, adapter_name=name)
+    assert torch.equal(output(pipe), fused)
     pipe.unfuse_lora()
-    load_pcm_lora(pipe, path)
+    load_pcm_lora(pipe, path, adapter_name=name)
     torch.testing.assert_close(output(pipe), expected, rtol=0, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def files(lora, tmp_path_factory):
+    """A style and two PCM adapters, with modules that others have too and modules that they have not."""
+    folder, modules = tmp_path_factory.mktemp("several"), sorted(lora.modules)
+    third = len(modules) // 3
+    parts = {"style": modules[::2], "first": modules[: 2 * third], "second": modules[third:]}
+    return {name: saved(folder / f"{name}.safetensors", to_kohya(lora.only(part.__contains__))) for name, part in parts.items()}
+
+
+def test_other_adapters_stay_at_their_weights_and_of_pcm_adapters_the_newest_acts(files):
+    wanted = {}
+    for newest in ("first", "second"):
+        pipe = image_pipeline()
+        for name in ("style", newest):
+            pipe.load_lora_weights(str(files[name]), adapter_name=name)
+        pipe.set_adapters(["style", newest], [0.5, 1.0])
+        wanted[newest] = output(pipe)
+
+    pipe = image_pipeline()
+    pipe.load_lora_weights(str(files["style"]), adapter_name="style")
+    pipe.set_adapters("style", 0.5)
+    load_pcm_lora(pipe, files["first"])
+    assert pipe.get_active_adapters() == ["style", "pcm"]
+    torch.testing.assert_close(output(pipe), wanted["first"], rtol=0, atol=1e-6)
+    load_pcm_lora(pipe, files["second"], adapter_name="other")  # under a name of its own
+    assert pipe.get_active_adapters() == ["style", "other"]
+    torch.testing.assert_close(output(pipe), wanted["second"], rtol=0, atol=1e-6)
+    load_pcm_lora(pipe, files["first"], adapter_name="other")  # in its place
+    torch.testing.assert_close(output(pipe), wanted["first"], rtol=0, atol=1e-6)
+
+
+def test_an_adapter_acts_that_is_loaded_while_others_are_switched_off(files):
+    pipe, alone = image_pipeline(), image_pipeline()
+    load_pcm_lora(alone, files["first"])
+    pipe.load_lora_weights(str(files["style"]), adapter_name="style")
+    pipe.disable_lora()
+    load_pcm_lora(pipe, files["first"])
+    assert pipe.get_active_adapters() == ["pcm"]
+    torch.testing.assert_close(output(pipe), output(alone), rtol=0, atol=1e-6)
 
 
 def test_a_compiled_unet_is_loaded_into_and_stays_compiled(lora, expected, tmp_path):
