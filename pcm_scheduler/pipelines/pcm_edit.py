@@ -30,6 +30,7 @@ from ..edit_tasks import (
 from ..editing import invert, nearby_noise, slerp
 from ..lora_file import AdapterSettings
 from ..operators import Operator
+from ..sampling import check_eta
 from .latent_model import LatentModel
 from .pictures import Pictures, check_output_type, from_pictures, to_mask, to_pictures
 
@@ -99,7 +100,7 @@ class PCMEditPipeline:
         guidance_scale: float | None = None,
         eta: float | None = None,
         generator: Generators = None,
-        noise: torch.Tensor | None = None,
+        noise: torch.Tensor | Callable[[], torch.Tensor] | None = None,
         output_type: str = "pil",
         callback_on_step_end: StepEnd | None = None,
     ) -> PCMEditOutput:
@@ -116,7 +117,7 @@ class PCMEditPipeline:
             guidance_scale: g; None: what the adapter recommends.
             eta: how much of the noise is drawn anew between steps; None: what the strategy says.
             generator: draws the noise; a list has one for each picture.
-            noise: the initial noise itself, (N, 4, h, w), instead.
+            noise: the initial noise itself, (N, 4, h, w), instead; or what makes it, called once all else is found to fit.
             output_type: `pil`, `np` or `pt`.
             callback_on_step_end: called after each step but the last with (pipeline, step, timestep, state), state holding
                 `latents` and `pred_original_sample`; latents that it returns in a dict replace the sample.
@@ -128,6 +129,7 @@ class PCMEditPipeline:
         steps = self.num_inference_steps if num_inference_steps is None else num_inference_steps
         guidance = self.guidance_scale if guidance_scale is None else guidance_scale
         eta = next(e for e in (eta, strategy.eta, self.eta) if e is not None)
+        check_eta(eta)
         model, device = self.model, self.model.device
 
         given = _first(measurement).shape[0]
@@ -138,10 +140,11 @@ class PCMEditPipeline:
         edit = Edit(operator, measurement, size, None if start is None else start.to(device), strategy, measurement_noise)
         points = model.grid.stops(steps, edit.strength)
         levels = model.levels(points)
-        noise = self.noise(count, size, generator) if noise is None else noise.to(device, torch.float32)
-        if len(noise) != count:
-            raise ValueError(f"noise is of {len(noise)} pictures, and {count} are drawn.")
         told = model.prompts(prompts, negatives, guidance, size)
+        initial = self.noise(count, size, generator) if noise is None else noise() if callable(noise) else noise
+        initial = initial.to(device, torch.float32)
+        if len(initial) != count:
+            raise ValueError(f"noise is of {len(initial)} pictures, and {count} are drawn.")
         with self._progress(steps) as bar:
 
             def step_end(i: int, latents: torch.Tensor, x0: torch.Tensor) -> torch.Tensor | None:
@@ -153,12 +156,12 @@ class PCMEditPipeline:
                 return (returned or {}).get("latents")
 
             def fresh(*_: float) -> torch.Tensor:
-                return randn_tensor(noise.shape, generator=generator, device=device, dtype=torch.float32)
+                return randn_tensor(initial.shape, generator=generator, device=device, dtype=torch.float32)
 
             codec = model.codec(size)
             denoiser = model.denoiser(levels, told)
             pictures = draw(
-                edit, denoiser, codec, model.grid, points, levels.alphas, levels.sigmas, noise, eta, fresh, step_end
+                edit, denoiser, codec, model.grid, points, levels.alphas, levels.sigmas, initial, eta, fresh, step_end
             )
             bar.update()
         self.pipe.maybe_free_model_hooks()
@@ -284,10 +287,13 @@ class PCMEditPipeline:
             **options: of `__call__`.
         """
         pictures = self._pictures(image)
-        noise = self._invert(pictures, source_prompt)
-        if len(noise) == 1 and not isinstance(prompt, str):  # one picture in other words, again and again
-            noise = noise.repeat(len(prompt), 1, 1, 1)
-        return self.sample(noise, size_of(pictures), prompt=prompt, **options)
+        # one picture in other words, again and again
+        times = len(prompt) if len(pictures) == 1 and not isinstance(prompt, str) else 1
+
+        def noise() -> torch.Tensor:
+            return self._invert(pictures, source_prompt).repeat(times, 1, 1, 1)
+
+        return self._draw_from(noise, len(pictures) * times, size_of(pictures), {"prompt": prompt} | options)
 
     def interpolate(
         self, first: Pictures | int, second: Pictures | int, count: int = 5, size: tuple[int, int] | None = None, **options: Any
@@ -301,7 +307,7 @@ class PCMEditPipeline:
             **options: of `__call__`. Of several prompts, one for each picture, the first and the last are of the ends.
 
         Raises:
-            ValueError: fewer than two pictures, no size, or pictures of several sizes.
+            ValueError: fewer than two pictures, no size, or ends of several sizes or numbers of pictures.
         """
         if count < 2:
             raise ValueError(f"count includes both ends, so it is at least 2; got {count}.")
@@ -313,16 +319,22 @@ class PCMEditPipeline:
                 if sizes
                 else "Between seeds, say the size: (height, width)."
             )
+        numbers = [1 if isinstance(end, int) else len(end) for end in ends]
+        if min(numbers) not in (1, max(numbers)):
+            raise ValueError(f"The ends are of {numbers[0]} and {numbers[1]} pictures: give one for all, or one for each.")
         (height, width), prompt = sizes.pop(), options.get("prompt", "")
         several = not isinstance(prompt, str) and len(prompt) > 1
-        begin, last = (
-            self.noise(1, (height, width), torch.Generator("cpu").manual_seed(end))
-            if isinstance(end, int)
-            else self._invert(end, prompt[number] if several else prompt)
-            for number, end in ((0, ends[0]), (-1, ends[1]))
-        )
-        noise = torch.cat([slerp(begin, last, i / (count - 1)) for i in range(count)])
-        return self.sample(noise, (height, width), **options)
+
+        def noise() -> torch.Tensor:
+            begin, last = (
+                self.noise(1, (height, width), torch.Generator("cpu").manual_seed(end))
+                if isinstance(end, int)
+                else self._invert(end, prompt[number] if several else prompt)
+                for number, end in ((0, ends[0]), (-1, ends[1]))
+            )
+            return torch.cat([slerp(begin, last, i / (count - 1)) for i in range(count)])
+
+        return self._draw_from(noise, count * max(numbers), (height, width), options)
 
     def vary(self, image: Pictures, amount: float = 0.3, count: int = 4, **options: Any) -> PCMEditOutput:
         """Pictures around a picture: its own noise, turned a little towards fresh noise.
@@ -337,9 +349,13 @@ class PCMEditPipeline:
             raise ValueError(f"amount is in [0, 1]; got {amount}.")
         pictures, prompt = self._pictures(image), options.get("prompt", "")
         several = not isinstance(prompt, str) and len(prompt) > len(pictures)
-        noise = self._invert(pictures, "" if several else prompt).repeat(count, 1, 1, 1)
-        fresh = self.noise(len(noise), size_of(pictures), options.get("generator"))
-        return self.sample(nearby_noise(noise, fresh, amount), size_of(pictures), **options)
+        number, size = len(pictures) * count, size_of(pictures)
+
+        def noise() -> torch.Tensor:
+            fresh = self.noise(number, size, options.get("generator"))
+            return nearby_noise(self._invert(pictures, "" if several else prompt).repeat(count, 1, 1, 1), fresh, amount)
+
+        return self._draw_from(noise, number, size, options)
 
     # ------------------------------------------------------------------------------------------ parts
 
@@ -350,6 +366,12 @@ class PCMEditPipeline:
 
     def _pictures(self, image: Pictures) -> torch.Tensor:
         return to_pictures(image).to(self.model.device)
+
+    def _draw_from(
+        self, noise: Callable[[], torch.Tensor], count: int, size: tuple[int, int], options: dict[str, Any]
+    ) -> PCMEditOutput:
+        """`sample` from noise that takes the whole teacher to make: it is made when no option can be refused any more."""
+        return self._edit(free(count, size), {"noise": noise} | options)
 
     def _edit(self, edit: Edit, options: dict[str, Any]) -> PCMEditOutput:
         given = {"start": edit.start, "strategy": edit.strategy, "measurement_noise": edit.measurement_noise}

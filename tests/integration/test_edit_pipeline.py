@@ -393,6 +393,42 @@ def test_pictures_and_options_that_cannot_work_are_refused(edit):
         PCMEditPipeline.from_pipe(pipe)
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"num_inference_steps": 51}, ValueError, "num_inference_steps"),
+        ({"output_type": "jpeg"}, ValueError, "output_type"),
+        ({"eta": 2.0}, ValueError, "eta"),
+        ({"negative_prompt": ["a", "b", "c"]}, ValueError, "do not fit 3"),
+        ({"steps": 4}, TypeError, "steps"),
+    ],
+)
+def test_what_goes_through_the_noise_is_refused_before_the_teacher_runs(edit, monkeypatch, options, error, says):
+    """Which takes as many steps as the solver has, once for every picture."""
+    monkeypatch.setattr(edit, "_invert", lambda *_: pytest.fail("the teacher ran"))
+    picture = scene_picture()
+    for draw in (
+        lambda: edit.rewrite([picture] * 2, "a red star", **options),
+        lambda: edit.interpolate(picture, 3, count=2, **options),
+        lambda: edit.vary(picture, count=2, **options),
+    ):
+        with pytest.raises(error, match=says):
+            draw()
+
+
+def test_ends_and_prompts_of_other_numbers_are_refused_before_the_teacher_runs(edit, monkeypatch):
+    monkeypatch.setattr(edit, "_invert", lambda *_: pytest.fail("the teacher ran"))
+    picture = scene_picture()
+    with pytest.raises(ValueError, match="2 prompts do not fit 3"):
+        edit.rewrite([picture] * 3, ["a", "b"])
+    with pytest.raises(ValueError, match="3 prompts do not fit 5"):
+        edit.interpolate(picture, picture, count=5, prompt=["a", "b", "c"])
+    with pytest.raises(ValueError, match="ends are of 2 and 3 pictures"):
+        edit.interpolate([picture] * 2, [picture] * 3)
+    with pytest.raises(ValueError, match="3 prompts do not fit 4"):
+        edit.vary(picture, count=4, prompt=["a", "b", "c"])
+
+
 def test_diffusers_own_inpainting_pipeline_works_with_the_scheduler(edit):
     """For people who stay there: the pasted region is exact with its overlay."""
     pipe = AutoPipelineForInpainting.from_pipe(edit.pipe)
