@@ -127,7 +127,7 @@ class Host:
             image = self.vae.decode(self.model.model.process_latent_out(latents))
             return image.movedim(-1, 1)[..., : size[0], : size[1]] * 2 - 1
 
-        return Codec(encode, decode)
+        return Codec(encode, decode, scale)
 
     def denoiser(self, sigmas: torch.Tensor) -> Denoiser:
         """x_0 of (x, number of the sigma), with progress, previews and cancelling."""

@@ -114,8 +114,7 @@ def draw(
         if edit.strength < 1:
             sample = alphas[0] * first + sigmas[0] * noise
         if strategy.known and isinstance(edit.operator, KeepRegion):
-            kept = latent_mask(edit.operator.mask.to(noise.device), (noise.shape[-2], noise.shape[-1]))
-            known = Known(first, noise, kept)
+            known = Known(first, noise, latent_mask(edit.operator.mask.to(noise.device), codec.scale))
     projected = {
         "all": [True] * len(points),
         "last phase": last_phase_steps(grid, points),

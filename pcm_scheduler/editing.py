@@ -33,13 +33,15 @@ class Codec:
     Attributes:
         encode: pictures to latents.
         decode: latents to pictures, which may leave [-1, 1] a little.
+        scale: pixels behind a latent along each side, counted from the upper left corner.
     """
 
     encode: Callable[[torch.Tensor], torch.Tensor]
     decode: Callable[[torch.Tensor], torch.Tensor]
+    scale: int
 
 
-PIXELS = Codec(lambda picture: picture, lambda picture: picture)
+PIXELS = Codec(lambda picture: picture, lambda picture: picture, 1)
 """Of models that work on pixels."""
 
 
@@ -62,21 +64,17 @@ class Known:
         return torch.where(self.mask > 0, alpha * self.latents + sigma * self.noise, sample)
 
 
-def latent_mask(kept: torch.Tensor, size: tuple[int, int], margin: int = 0) -> torch.Tensor:
-    """1 where every pixel behind a latent, and `margin` latents around, is kept.
+def latent_mask(kept: torch.Tensor, scale: int) -> torch.Tensor:
+    """1 where every pixel behind a latent is kept.
 
     Args:
         kept: (N, 1, H, W), 1 for kept pixels.
-        size: (h, w) of the latents.
-        margin: latents that are given up beside the free region, for they have seen it through the encoder.
+        scale: of the codec; the last latents of a row or column may have fewer pixels behind them.
 
     Returns:
         (N, 1, h, w) float32.
     """
-    free = F.adaptive_max_pool2d(1 - kept.float(), size)
-    if margin:
-        free = F.max_pool2d(free, 2 * margin + 1, stride=1, padding=margin)
-    return 1 - free
+    return 1 - F.max_pool2d(1 - kept.float(), scale, ceil_mode=True)
 
 
 def last_phase_steps(grid: PhaseGrid, stops: Sequence[int]) -> list[bool]:

@@ -193,7 +193,7 @@ class LatentModel:
                 picture = self.vae.decode((latents / factor).to(dtype), return_dict=False)[0].float()
             return picture[..., : size[0], : size[1]]
 
-        return Codec(encode, decode)
+        return Codec(encode, decode, self.scale)
 
     @contextmanager
     def teacher(self) -> Iterator[None]:

@@ -106,14 +106,19 @@ def test_known_latents_are_at_the_level_of_every_step():
 def test_a_latent_is_known_only_if_all_its_pixels_are_kept():
     kept = torch.ones(1, 1, 16, 24, dtype=torch.bool)
     kept[..., 7, 15] = False
-    mask = latent_mask(kept, (2, 3))
-    assert mask.flatten().tolist() == [1, 0, 1, 1, 1, 1]
-    assert latent_mask(kept, (2, 3), margin=1).sum() == 0
+    assert latent_mask(kept, 8).flatten().tolist() == [1, 0, 1, 1, 1, 1]
+
+
+def test_of_any_size_the_pixels_behind_a_latent_are_those_that_the_codec_puts_there():
+    """It continues pictures to the right and below, so that latent i is of pixels 8 i to 8 i + 7."""
+    kept = torch.ones(1, 1, 9, 60, dtype=torch.bool)
+    kept[..., 0, 39] = kept[..., 8, 56] = False
+    assert latent_mask(kept, 8).squeeze().tolist() == [[1, 1, 1, 1, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0]]
 
 
 def test_projected_steps_go_through_pixels_and_the_others_do_not():
     calls = []
-    codec = Codec(lambda x: calls.append("encode") or x / 2, lambda z: calls.append("decode") or z * 2)
+    codec = Codec(lambda x: calls.append("encode") or x / 2, lambda z: calls.append("decode") or z * 2, 1)
     operator, y = Free(), torch.zeros(1, 0)
     steps = [0.9, 0.5, 0.1, 0.0], [0.4, 0.8, 0.99, 1.0]
     sample_edit(lambda x, i: x * 0, operator, y, torch.randn(1, 3, 2, 2), steps[1], steps[0], codec, [True, False, False])
