@@ -116,7 +116,7 @@ class PCMEditPipeline:
             num_inference_steps: K; None: what the adapter recommends.
             guidance_scale: g; None: what the adapter recommends.
             eta: how much of the noise is drawn anew between steps; None: what the strategy says.
-            generator: draws the noise; a list has one for each picture.
+            generator: draws the noise; a list has one for each picture, or one for all.
             noise: the initial noise itself, (N, 4, h, w), instead; or what makes it, called once all else is found to fit.
             output_type: `pil`, `np` or `pt`.
             callback_on_step_end: called after each step but the last with (pipeline, step, timestep, state), state holding
@@ -132,8 +132,9 @@ class PCMEditPipeline:
         check_eta(eta)
         model, device = self.model, self.model.device
 
-        given = _first(measurement).shape[0]
-        count, (prompts, negatives) = _counts(given, prompt, negative_prompt)
+        given = [*_parts(measurement), *([] if start is None else [start])]
+        count, (prompts, negatives) = _counts([len(part) for part in given], prompt, negative_prompt)
+        _check_generators(generator, count)
         measurement = _map(measurement, lambda y: y.to(device).expand(count, *y.shape[1:]))
         if not measurement_noise:
             operator.check(measurement)
@@ -258,7 +259,7 @@ class PCMEditPipeline:
     def _invert(self, pictures: torch.Tensor, prompt: str | Sequence[str]) -> torch.Tensor:
         model, size = self.model, size_of(pictures)
         levels = model.levels(range(model.grid.num_solver_steps + 1), ends_at_zero=False)
-        count, (prompts, negatives) = _counts(len(pictures), prompt, "")
+        count, (prompts, negatives) = _counts([len(pictures)], prompt, "")
         if count != len(pictures):
             raise ValueError(f"{count} prompts do not fit {len(pictures)} pictures to invert: give one, or one for each.")
         told = model.prompts(prompts, negatives, 1.0, size)
@@ -360,7 +361,12 @@ class PCMEditPipeline:
     # ------------------------------------------------------------------------------------------ parts
 
     def noise(self, count: int, size: tuple[int, int], generator: Generators = None) -> torch.Tensor:
-        """Initial noise for `count` pictures of (height, width)."""
+        """Initial noise for `count` pictures of (height, width).
+
+        Raises:
+            ValueError: a list of another number of generators.
+        """
+        _check_generators(generator, count)
         shape = (count, self.model.vae.config.latent_channels, *self.model.latent_size(size))
         return randn_tensor(shape, generator=generator, device=self.model.device, dtype=torch.float32)
 
@@ -384,25 +390,37 @@ class PCMEditPipeline:
             yield bar
 
 
-def _first(measurement: Any) -> torch.Tensor:
-    return _first(measurement[0]) if isinstance(measurement, tuple) else measurement
+def _parts(measurement: Any) -> list[torch.Tensor]:
+    return [one for part in measurement for one in _parts(part)] if isinstance(measurement, tuple) else [measurement]
 
 
 def _map(measurement: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     return tuple(_map(part, function) for part in measurement) if isinstance(measurement, tuple) else function(measurement)
 
 
+def _check_generators(generator: Generators, count: int) -> None:
+    """Raise ValueError for a list that has neither one generator for all pictures nor one for each."""
+    if isinstance(generator, list) and len(generator) not in (1, count):
+        raise ValueError(f"{len(generator)} generators do not fit {count} pictures: give one for all, or one for each.")
+
+
 def _counts(
-    pictures: int, prompt: str | Sequence[str], negative_prompt: str | Sequence[str]
+    pictures: Sequence[int], prompt: str | Sequence[str], negative_prompt: str | Sequence[str]
 ) -> tuple[int, tuple[list[str], list[str]]]:
     """How many pictures are drawn, and a prompt and a negative prompt for each.
 
+    Args:
+        pictures: of how many each thing is that was given.
+        prompt, negative_prompt: one text, or several.
+
     Raises:
-        ValueError: several pictures with several prompts of another number.
+        ValueError: several of one kind and several of another, of other numbers.
     """
     texts = [[one] if isinstance(one, str) else list(one) for one in (prompt, negative_prompt)]
-    count = max(pictures, *(len(t) for t in texts))
-    for name, length in (("pictures", pictures), ("prompts", len(texts[0])), ("negative prompts", len(texts[1]))):
+    of_pictures = [("pictures", number) for number in pictures]
+    lengths = [*of_pictures, ("prompts", len(texts[0])), ("negative prompts", len(texts[1]))]
+    count = max(length for _, length in lengths)
+    for name, length in lengths:
         if length not in (1, count):
             raise ValueError(f"{length} {name} do not fit {count}: give one for all, or one for each.")
     prompts, negatives = (t if len(t) == count else t * count for t in texts)

@@ -344,6 +344,31 @@ def test_several_measurements_hold_at_once(edit):
     assert result.residual[0] < 0.5
 
 
+@pytest.mark.parametrize("numbers", [(1, 2), (2, 1)])
+def test_one_of_several_measurements_may_be_of_one_picture_for_all(edit, numbers):
+    picture, operator = to_pictures([scene_picture()] * 2), Together(Luminance(), BlockMean(16))
+    y = tuple(part[:number] for part, number in zip(operator.measure(picture), numbers, strict=True))
+    drawn = edit(operator, y, (128, 128), num_inference_steps=1, output_type="pt").images
+    assert len(drawn) == 2
+    assert operator.residual(drawn * 2 - 1, operator.measure(picture)).max() < 0.5 * GREY
+    with pytest.raises(ValueError, match="2 pictures do not fit 3"):
+        edit(operator, (y[0].expand(2, -1, -1, -1), y[1][:1].expand(3, -1, -1, -1)), (128, 128))
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_list_of_generators_has_one_for_all_pictures_or_one_for_each(edit, count):
+    pictures = [scene_picture()] * (4 if count == 2 else 2)
+    generators = [seeded() for _ in range(count)]
+    for draw in (
+        lambda **given: edit.inpaint(pictures, half_mask(scene_picture()), **given),
+        lambda **given: edit.vary(pictures[0], count=len(pictures), **given),
+        lambda **given: edit.noise(len(pictures), (128, 128), **given),
+    ):
+        with pytest.raises(ValueError, match=f"{count} generators do not fit {len(pictures)} pictures"):
+            draw(generator=generators)
+    assert len(edit.noise(len(pictures), (128, 128), generators[:1])) == len(pictures)
+
+
 @pytest.mark.parametrize(
     ("task", "arguments", "says"),
     [
