@@ -54,6 +54,13 @@ def _combine(x: torch.Tensor, a: Level, y: torch.Tensor, b: Level) -> torch.Tens
     return torch.mul(x, a).add_(y, alpha=b)
 
 
+def _plain(value: Any) -> Any:
+    """A setting as JSON has it: numbers and lists of Python's own instead of numpy's and torch's."""
+    if isinstance(value, (list, tuple, range)):
+        return [one.tolist() if hasattr(one, "tolist") else one for one in value]
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 _BETAS = ("beta_start", "beta_end", "beta_schedule")
 
 
@@ -157,6 +164,7 @@ class PCMScheduler(SchedulerMixin, ConfigMixin):
                     f"timesteps {off} are not points of the grid of {num_solver_steps} solver steps where a step can start; "
                     f"the nearest to {off[0]} is {nearest}."
                 )
+        self.register_to_config(**{name: _plain(value) for name, value in self.config.items()})
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         self.timesteps = torch.tensor(self.grid.sampling_timesteps(self.grid.num_phases))

@@ -273,6 +273,28 @@ def test_save_and_load(tmp_path):
     assert json.loads((tmp_path / "scheduler_config.json").read_text())["phase_edges"] == [999, 499]
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"num_phases": np.int64(8), "num_solver_steps": np.int32(40), "num_train_timesteps": torch.tensor(1000)},
+        {"phase_edges": list(np.array([999, 499]))},
+        {"phase_edges": np.array([999, 499]), "timesteps": torch.tensor([999, 499, 239])},
+        {"trained_betas": torch.linspace(1e-4, 0.02, 1000)},
+        {"trained_betas": np.linspace(1e-4, 0.02, 1000, dtype=np.float32), "rescale_betas_zero_snr": np.False_},
+        {"beta_start": np.float32(1e-4), "timesteps": range(999, 0, -100)},
+    ],
+)
+def test_numbers_of_numpy_and_torch_are_saved_and_printed_as_pythons_own(given, tmp_path):
+    scheduler = PCMScheduler(**given)
+    scheduler.save_pretrained(tmp_path)
+    assert next(iter(given)) in repr(scheduler)
+    again = PCMScheduler.from_pretrained(tmp_path)
+    told = {name: value for name, value in scheduler.config.items() if name != "_use_default_values"}
+    assert again.config == told
+    assert again.grid == scheduler.grid == PCMScheduler.from_config(scheduler.config).grid
+    assert torch.equal(again.alphas_cumprod, scheduler.alphas_cumprod)
+
+
 @pytest.mark.parametrize("via", ["memory", "disk", "DDIM"])
 def test_configured_timesteps_travel(via, tmp_path):
     source = PCMScheduler(timesteps=(999, 739, 499, 239, 59))
