@@ -531,14 +531,21 @@ def convert_adapter(path: str | os.PathLike, output: str | os.PathLike, to: str,
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: an unknown format, an output that is not `.safetensors`, an alpha that is no number above 0, or a file that
-            is truncated, mismatched, not finite or no LoRA of a diffusers UNet; what is wrong.
+        ValueError: an unknown format, an output that is not `.safetensors`, an alpha that is no number above 0, motion modules
+            for `kohya`, or a file that is truncated, mismatched, not finite or no LoRA of a diffusers UNet; what is wrong.
     """
     if to not in FORMATS:
         raise ValueError(f"There is no format {to!r} to convert to; choose one of {', '.join(FORMATS)}.")
     if Path(output).suffix != ".safetensors":
         raise ValueError(f"Only safetensors files are written; {output} does not end in .safetensors.")
     lora = read_whole_lora(path)
+    motion = [name for name in lora.modules if is_motion(name)]
+    if to == "kohya" and motion:
+        raise ValueError(
+            f"{path} adapts {len(motion)} motion modules, whose names hosts misread in kohya's layout: diffusers loads "
+            "the other modules alone and says nothing. Training writes two files beside the whole one instead: ..._motion for "
+            "ComfyUI-AnimateDiff-Evolved, and ..._spatial in kohya's layout."
+        )
     if alpha is not None:
         if not finite_number(alpha, "alpha", least=0):
             raise ValueError("With alpha 0 the adapter would do nothing.")
@@ -633,6 +640,12 @@ def inspect_adapter(path: str | os.PathLike) -> Inspection:
         problems.append(
             f"{len(lora.without_alpha)} modules have no alpha, such as {lora.without_alpha[0]}: hosts take alpha = rank, which "
             "is too strong if it was trained with less."
+        )
+    motion = [name for name in lora.modules if is_motion(name) and name not in lora.paths]  # which kohya's names say not
+    if motion:
+        problems.append(
+            f"{len(motion)} motion modules are in kohya's layout, such as {motion[0]}: diffusers and ComfyUI leave them out. "
+            "load_pcm_lora takes them; for load_lora_weights, convert it to diffusers."
         )
     problems += lora.misfits()
     problems += [f"{name} holds numbers that are not finite." for name in lora.not_finite()]

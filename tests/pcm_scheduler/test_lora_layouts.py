@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AnimateDiffPipeline, DDIMScheduler, UNet2DConditionModel
+from diffusers.models import UNetMotionModel
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_models import BETAS, image_unet, motion_adapter, motion_parts, random_lora
 
 from lora_training.backbones.full_size import UNET_CONFIGS
 from lora_training.config import TARGET_SETS
 from pcm_scheduler import AdapterSettings, load_pcm_lora, read_settings
 from pcm_scheduler.lora_file import convert_adapter, kohya_state_dict, main, read_adapter, write_adapter, write_safetensors
-from pcm_scheduler.lora_layouts import _WORDS, METADATA_KEY, dotted_name, sort_tensors
+from pcm_scheduler.lora_layouts import _WORDS, METADATA_KEY, dotted_name, sort_tensors, to_diffusers, to_kohya
 from pcm_scheduler.phases import PhaseGrid
 from pcm_scheduler.published import SHA256
 
@@ -295,6 +298,27 @@ def test_the_command_line_converts_and_names_the_formats(trained, tmp_path, caps
         with pytest.raises(SystemExit):
             main([str(kohya), *wrong])
     assert all(name in capsys.readouterr().err for name in ("kohya",))
+
+
+def test_motion_modules_have_no_place_in_kohyas_layout(tmp_path, capsys):
+    """diffusers splits such names at the wrong places, and loads the rest of the file as if it were all."""
+    lora = random_lora(UNetMotionModel.from_unet2d(image_unet(), motion_adapter()))
+    (tensors, metadata), path = to_diffusers(lora), tmp_path / "video.safetensors"
+    save_file(tensors, path, {METADATA_KEY: metadata} | replace(SETTINGS, base_model="animatediff").to_header())
+    out = tmp_path / "out.safetensors"
+    assert main([str(path), "--convert", "kohya", "--output", str(out)]) == 1
+    assert "70 motion modules" in capsys.readouterr().out
+    assert not out.exists()
+    assert main([str(path), "--convert", "diffusers", "--output", str(out)]) == 0
+
+    save_file(to_kohya(lora), path)  # as others, and this command once, wrote it
+    assert main([str(path)]) == 1
+    assert "PROBLEM        70 motion modules are in kohya's layout" in capsys.readouterr().out
+    assert main([str(path), "--convert", "diffusers", "--output", str(out)]) == 0
+    assert load_file(out).keys() == tensors.keys()
+    pipe = AnimateDiffPipeline(**motion_parts(), scheduler=DDIMScheduler(**BETAS, clip_sample=False, steps_offset=1))
+    pipe.load_lora_weights(str(out))
+    assert len([name for name, _ in pipe.unet.named_modules() if name.endswith(".lora_A")]) == len(lora.modules)
 
 
 def test_kohya_state_dict_refuses_what_has_no_place():
