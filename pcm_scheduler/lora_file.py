@@ -58,6 +58,7 @@ _RANGES = {
 # What `save_pretrained` of a PEFT model writes.
 PEFT_FILE, PEFT_CONFIG, PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 _LONGEST_CONFIG = 2**24  # bytes; patterns for every module of SDXL take a hundredth
+_HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")  # of tensors, in headers
 HEADER_PREFIX = "pcm."
 HEADER_VERSION = "1"
 
@@ -439,13 +440,17 @@ def write_kohya(
     dtype: torch.dtype = torch.float16,
 ) -> None:
     """`write_adapter` of tensors that are sorted by module already."""
+    header = standard_header(settings, title, kind="/lora") | {"ss_network_module": "networks.lora"} | _network_header(lora)
+    write_safetensors(_stored(to_kohya(lora), dtype), path, {**header, **(extra or {})})
+
+
+def _network_header(lora: LoraTensors) -> dict[str, str]:
+    """What kohya's headers say of ranks and alphas."""
     ranks = [parts["down"].shape[0] for parts in lora.modules.values()]
-    header = standard_header(settings, title, kind="/lora") | {
-        "ss_network_module": "networks.lora",
+    return {
         "ss_network_dim": str(_only(ranks)),
         "ss_network_alpha": str(_only([lora.alpha(name) for name in lora.modules])),
     }
-    write_safetensors(_stored(to_kohya(lora), dtype), path, {**header, **(extra or {})})
 
 
 def _stored(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -521,7 +526,8 @@ def convert_adapter(path: str | os.PathLike, output: str | os.PathLike, to: str,
 
     Alpha goes where the layout keeps it: a tensor beside each module for `kohya`, diffusers' own metadata in the header for
     `diffusers`, so that neither rounds a number. Settings that follow from a published name or hash are written down, as
-    inferred, because the new file has neither.
+    inferred, because the new file has neither. Of kohya's own header, hashes of the old tensors are left out, and ranks and
+    alphas are those of the new file.
 
     Args:
         path: an adapter file in any layout that `lora_layouts` knows.
@@ -547,6 +553,10 @@ def convert_adapter(path: str | os.PathLike, output: str | os.PathLike, to: str,
             "ComfyUI-AnimateDiff-Evolved, and ..._spatial in kohya's layout."
         )
     if alpha is not None:
+        if lora.layouts == ("animatediff",):
+            raise ValueError(
+                f"{path} is in AnimateDiff's layout, in which scales are in the weights, so that alpha = rank: leave alpha out."
+            )
         if not finite_number(alpha, "alpha", least=0):
             raise ValueError("With alpha 0 the adapter would do nothing.")
         lora = lora.stating(alpha)
@@ -558,7 +568,8 @@ def convert_adapter(path: str | os.PathLike, output: str | os.PathLike, to: str,
         tensors, metadata = (to_kohya(lora), None) if to == "kohya" else to_diffusers(lora)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    header = read_tensors(path)[1]
+    header = {key: value for key, value in read_tensors(path)[1].items() if key not in _HASHES}
+    header |= {key: value for key, value in _network_header(lora).items() if key in header}
     settings = read_settings(path)
     if settings is not None and settings.inferred:
         header |= settings.to_header()

@@ -21,7 +21,16 @@ from lora_training.backbones.full_size import UNET_CONFIGS
 from lora_training.config import TARGET_SETS
 from pcm_scheduler import AdapterSettings, load_pcm_lora, read_settings
 from pcm_scheduler.lora_file import convert_adapter, kohya_state_dict, main, read_adapter, write_adapter, write_safetensors
-from pcm_scheduler.lora_layouts import _WORDS, METADATA_KEY, dotted_name, sort_tensors, to_diffusers, to_kohya
+from pcm_scheduler.lora_layouts import (
+    _WORDS,
+    METADATA_KEY,
+    dotted_name,
+    is_motion,
+    sort_tensors,
+    to_animatediff,
+    to_diffusers,
+    to_kohya,
+)
 from pcm_scheduler.phases import PhaseGrid
 from pcm_scheduler.published import SHA256
 
@@ -385,6 +394,25 @@ def test_a_guess_of_alpha_is_said_when_it_is_written_down(trained, tmp_path, cap
     assert main([str(path)]) == 0  # the name of a file is no problem
     with pytest.raises(ValueError, match="alpha must be a finite number from 0"):
         convert_adapter(path, out, "kohya", alpha=float("nan"))
+
+
+def test_no_alpha_is_said_of_a_layout_that_has_its_scales_in_the_weights(tmp_path):
+    motion = random_lora(UNetMotionModel.from_unet2d(image_unet(), motion_adapter()), rank=4, alpha=2.0).only(is_motion)
+    path, out = tmp_path / "motion.safetensors", tmp_path / "out.safetensors"
+    save_file({key: tensor.contiguous() for key, tensor in to_animatediff(motion).items()}, path)
+    with pytest.raises(ValueError, match="AnimateDiff's layout, in which scales are in the weights"):
+        convert_adapter(path, out, "diffusers", alpha=1.0)
+    convert_adapter(path, out, "diffusers")
+    assert json.loads(metadata_of(out)[METADATA_KEY])["unet.lora_alpha"] == 4  # its rank: nothing is scaled again
+
+
+def test_a_converted_files_header_is_true_of_its_tensors(trained, tmp_path):
+    tensors = {key: tensor for key, tensor in load_file(trained[1]).items() if not key.endswith(".alpha")}
+    path, out = tmp_path / "silent.safetensors", tmp_path / "out.safetensors"
+    hashes = {"modelspec.hash_sha256": "0xdead", "sshs_model_hash": "dead", "sshs_legacy_hash": "dead"}
+    save_file(tensors, path, hashes | {"ss_network_alpha": "4.0", "ss_network_dim": "4", "ss_steps": "10"})
+    convert_adapter(path, out, "kohya", alpha=2.5)
+    assert metadata_of(out) == {"ss_network_alpha": "2.5", "ss_network_dim": "Dynamic", "ss_steps": "10"}
 
 
 def test_an_alpha_that_is_no_number_is_not_converted(trained, tmp_path):
