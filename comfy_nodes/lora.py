@@ -13,7 +13,7 @@ import torch
 from comfy.weight_adapter import LoRAAdapter
 
 from ..pcm_scheduler.lora_file import HEADER_PREFIX
-from ..pcm_scheduler.lora_layouts import METADATA_KEY, LoraTensors, sort_tensors, to_kohya
+from ..pcm_scheduler.lora_layouts import METADATA_KEY, PEFT_CONFIG, LoraTensors, sort_tensors, to_kohya
 
 FAMILIES = {
     "sd15": comfy.supported_models.SD15,
@@ -134,7 +134,7 @@ def in_kohyas_names(
     try:
         lora = sort_tensors(tensors, header)
     except ValueError as error:
-        if METADATA_KEY in header:
+        if {METADATA_KEY, PEFT_CONFIG} & header.keys():
             raise ValueError(f"This file {error}") from error
         return dict(tensors), 0, 0  # LoHa and others, which ComfyUI may know
     for name in lora.not_finite():

@@ -10,13 +10,13 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..pcm_scheduler.lora_file import (
-    PEFT_CONFIG,
     SOLVER_STEPS,
     AdapterSettings,
     read_lora_tensors,
     read_settings,
     with_overrides,
 )
+from ..pcm_scheduler.lora_layouts import PEFT_CONFIG
 from .advice import EVOLVED_SCHEDULES
 from .face import HIDDEN, say
 from .inputs import CATEGORY, Settings

@@ -29,6 +29,7 @@ from .checks import finite_number, shortened, whole_number
 from .lora_layouts import (
     FORMATS,
     METADATA_KEY,
+    PEFT_CONFIG,
     LoraTensors,
     dotted_name,
     is_motion,
@@ -56,7 +57,7 @@ _RANGES = {
     "beta_end": (0.0, 1.0),
 }
 # What `save_pretrained` of a PEFT model writes.
-PEFT_FILE, PEFT_CONFIG, PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
+PEFT_FILE, PEFT_PREFIX = "adapter_model.safetensors", "base_model.model."
 _LONGEST_CONFIG = 2**24  # bytes; patterns for every module of SDXL take a hundredth
 _HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")  # of tensors, in headers
 HEADER_PREFIX = "pcm."
@@ -302,7 +303,7 @@ def read_lora_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor],
         return tensors, header
     if config.stat().st_size > _LONGEST_CONFIG:
         raise ValueError(f"{path} has beside it a {PEFT_CONFIG} of {config.stat().st_size} bytes, more than {_LONGEST_CONFIG}")
-    return tensors, header | {METADATA_KEY: config.read_text(encoding="utf-8", errors="replace")}
+    return tensors, header | {PEFT_CONFIG: config.read_text(encoding="utf-8", errors="replace")}
 
 
 def read_whole_lora(path: str | os.PathLike) -> LoraTensors:
@@ -755,7 +756,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             text = describe(path)
         except (OSError, ValueError) as error:
-            text = f"{path}: {error}"
+            text = str(error)
             failed = True
         failed |= any(line.startswith("PROBLEM ") for line in text.splitlines()[1:])
         print(text)

@@ -30,6 +30,7 @@ from .checks import parse_json, shortened
 
 FORMATS = ("kohya", "diffusers", "peft")  # that can be written; PEFT's names are diffusers'
 METADATA_KEY = "lora_adapter_metadata"  # diffusers' own, JSON of a peft.LoraConfig with prefixed entries
+PEFT_CONFIG = "adapter_config.json"  # PEFT's own file of the same
 
 # The parts of diffusers' UNet module names. None that holds an underscore can be put together from the others, so that a name
 # whose dots became underscores is read back in one way only.
@@ -181,7 +182,7 @@ def sort_tensors(tensors: Mapping[str, torch.Tensor], header: Mapping[str, str] 
 
     Args:
         tensors: of the file.
-        header: of the file; diffusers keeps alpha there.
+        header: of the file; diffusers keeps alpha there, and PEFT in a `PEFT_CONFIG` beside it, which is here under that name.
 
     Raises:
         ValueError: nothing that a known layout has, or diffusers' metadata that cannot be read.
@@ -262,11 +263,12 @@ def _channel_vector(magnitude: torch.Tensor) -> torch.Tensor:
 def _add_stated_alphas(
     modules: dict[str, dict[str, torch.Tensor]], paths: Mapping[str, str], header: Mapping[str, str]
 ) -> None:
-    """Put what diffusers' metadata says of alpha beside each module that has none of its own."""
-    if METADATA_KEY not in header:
+    """Put what diffusers' or PEFT's metadata say of alpha beside each module that has none of its own."""
+    key = next((key for key in (METADATA_KEY, PEFT_CONFIG) if key in header), None)
+    if key is None:
         return
     try:
-        stated = {key.removeprefix("unet."): value for key, value in parse_json(header[METADATA_KEY]).items()}
+        stated = {name.removeprefix("unet."): value for name, value in parse_json(header[key]).items()}
         default, patterns = stated.get("lora_alpha"), _Patterns(stated.get("alpha_pattern") or {})
         for name, path in paths.items():
             alpha = patterns.value(path, default)
@@ -279,7 +281,9 @@ def _add_stated_alphas(
             if not parts["alpha"].isfinite():  # beyond what float32 holds, too
                 raise ValueError(f"its alpha is {shortened(alpha)}")
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"has {METADATA_KEY} in its header that cannot be read: {error}") from error
+        raise ValueError(
+            f"has {key} {'in its header' if key == METADATA_KEY else 'beside it'} that cannot be read: {error}"
+        ) from error
 
 
 class _Patterns:

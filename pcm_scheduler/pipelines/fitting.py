@@ -7,7 +7,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..lora_file import PEFT_CONFIG, PEFT_FILE, AdapterSettings
+from ..lora_file import PEFT_FILE, AdapterSettings
+from ..lora_layouts import PEFT_CONFIG
 from ..scheduling_pcm import PCMScheduler
 
 
@@ -68,9 +69,14 @@ def fitting_scheduler(pipe: Any, settings: AdapterSettings, name: str, stated: b
     Raises:
         ValueError: trained for another prediction type or number of timesteps than the pipeline's.
     """
-    scheduler = PCMScheduler.from_config(pipe.scheduler.config, **settings.scheduler_config)
-    for setting in ("prediction_type", "num_train_timesteps"):
-        of_pipe, of_file = scheduler.config[setting], getattr(settings, setting)
+
+    def check(setting: str, of_pipe: Any) -> None:
+        of_file = getattr(settings, setting)
         if stated and of_pipe != of_file:
             raise ValueError(f"{name} was trained with {setting}={of_file!r}, but the pipeline's scheduler has {of_pipe!r}.")
+
+    timesteps = pipe.scheduler.config.get("num_train_timesteps", AdapterSettings.num_train_timesteps)
+    check("num_train_timesteps", timesteps)  # first: edges among others are no points of the pipeline's grid
+    scheduler = PCMScheduler.from_config(pipe.scheduler.config, **settings.scheduler_config)
+    check("prediction_type", scheduler.config.prediction_type)
     return scheduler

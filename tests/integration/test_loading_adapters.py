@@ -147,6 +147,17 @@ def test_a_folder_of_pefts_own_acts_as_strongly_as_it_was_trained(tmp_path, sett
     torch.testing.assert_close(output(pipe), wanted, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [('{"r": 4, "lora_alpha": 8,', "Expecting"), ('{"alpha_pattern": {"attn[12].to_q": 4}}', r"'attn\[12\]\.to_q' is not")],
+)
+def test_a_configuration_of_pefts_that_cannot_be_read_is_named(tmp_path, text, says):
+    peft_folder(tmp_path, r=4)
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"has adapter_config\.json beside it that cannot be read: .*{says}"):
+        load_pcm_lora(image_pipeline(), tmp_path, num_phases=4)
+
+
 def test_an_adapter_that_says_no_alpha_is_loaded_with_a_warning(lora, tmp_path, monkeypatch):
     tensors = {key: tensor for key, tensor in to_kohya(lora).items() if not key.endswith(".alpha")}
     said = []

@@ -243,6 +243,15 @@ def test_an_adapter_for_another_prediction_type_is_refused_before_it_is_loaded(t
     assert not pipe.get_list_adapters()
 
 
+def test_an_adapter_for_another_number_of_timesteps_is_refused_by_that_number(trained, tmp_path):
+    """And not by its edges, which are no points of the pipeline's grid."""
+    path = tmp_path / "few.safetensors"
+    settings = AdapterSettings("sd15", PhaseGrid.even(4, 50, 500).edges, 50, num_train_timesteps=500)
+    write_adapter(path, trained[1], dict.fromkeys(modules_of(trained[1]), ALPHA), settings, "few")
+    with pytest.raises(ValueError, match="trained with num_train_timesteps=500, but the pipeline's scheduler has 1000"):
+        load_pcm_lora(load_pipeline(), path)
+
+
 def test_the_command_line_says_in_words_what_a_file_is(adapter_file, tmp_path, capsys):
     assert main([str(adapter_file)]) == 0
     said = capsys.readouterr().out
@@ -279,8 +288,10 @@ def test_the_command_line_finds_what_is_wrong(adapter_file, tmp_path, capsys, da
 def test_a_truncated_file_is_refused(adapter_file, tmp_path, capsys):
     path = tmp_path / "short.safetensors"
     path.write_bytes(adapter_file.read_bytes()[:-100])
-    assert main([str(path)]) == 1
-    assert "not a readable safetensors file" in capsys.readouterr().out
+    assert main([str(path), str(tmp_path / "nothing.safetensors")]) == 1
+    said = capsys.readouterr().out
+    assert "not a readable safetensors file" in said
+    assert [said.count(name) for name in ("short.safetensors", "nothing.safetensors")] == [1, 1]
     with pytest.raises(ValueError, match="readable"):
         read_adapter(path, {})
 
