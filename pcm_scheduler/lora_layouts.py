@@ -49,6 +49,11 @@ _DOTTED = re.compile(
     r"(lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?|lora\.down\.weight|lora\.up\.weight|alpha)"
 )
 TEXT_ENCODERS = ("text_encoder.", "text_encoder_2.")  # prefixes of what diffusers' files have for them
+# How old files name the parts of a text encoder, and what the names are today.
+_OLD_TEXT = {
+    ".to_q_lora.": ".q_proj.lora.", ".to_k_lora.": ".k_proj.lora.", ".to_v_lora.": ".v_proj.lora.",
+    ".to_out_lora.": ".out_proj.lora.", ".lora_linear_layer.": ".lora.",
+}  # fmt: skip
 _OTHERS = ("lora_", "text_encoder", "transformer.")  # of other networks than a UNet, or by other tools
 _LONGEST_NAME = 512  # of a tensor; diffusers' have up to 130 letters, and reading one takes longer than it is long
 _PARTS = {
@@ -228,7 +233,13 @@ def sort_text_tensors(tensors: Mapping[str, torch.Tensor], header: Mapping[str, 
     Raises:
         ValueError: diffusers' metadata that cannot be read.
     """
-    own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    own = {}
+    for key, tensor in tensors.items():
+        if key.startswith(prefix):
+            name = key.removeprefix(prefix)
+            for old, today in _OLD_TEXT.items():
+                name = name.replace(old, today)
+            own[name] = tensor
     told = {}
     if METADATA_KEY in header:
         try:

@@ -58,6 +58,7 @@ def load_pcm_lora(
         ValueError: the file is not safetensors, neither it nor the caller says the phases, it was trained for another
             prediction type or number of timesteps than the pipeline's or for another UNet, it adapts motion modules that
             the pipeline has not, or an adapter is fused into the weights. The pipeline is then as it was.
+        RuntimeError: diffusers or PEFT could not load what was expected to fit; what was loaded of it is taken out again.
     """
     if not hasattr(pipe, "unet"):
         raise ValueError(f"{type(pipe).__name__} has no UNet. PCM adapters here are for SD1.5, SDXL and AnimateDiff.")
@@ -74,11 +75,16 @@ def load_pcm_lora(
         _check_fit(pipe, pipe.unet, lora, path)
         _check_fused(pipe)
         weights = _weights(pipe, lora, path)  # the last that may refuse
-        beside = _active_beside(pipe, adapter_name)
-        if adapter_name in {name for names in pipe.get_list_adapters().values() for name in names}:
-            pipe.delete_adapters(adapter_name)
-        weights.load(pipe, adapter_name)
-        _activate(pipe, adapter_name, beside)
+        active = _active(pipe)
+        replaced = _delete(pipe, adapter_name)
+        try:
+            weights.load(pipe, adapter_name)
+        except Exception as error:
+            _delete(pipe, adapter_name)
+            _activate(pipe, active)
+            gone = f", and the adapter {adapter_name!r} that was there is gone" if replaced else ""
+            raise RuntimeError(f"{path.name} could not be loaded{gone}: {error}") from error
+        _activate(pipe, _beside(pipe, active, adapter_name))
     if lora.without_alpha:
         logger.warning(
             f"{path.name} says no alpha of {len(lora.without_alpha)} modules, so that they act with alpha = rank: too strong "
@@ -143,33 +149,43 @@ def _check_fused(pipe: Any) -> None:
             )
 
 
-def _active_beside(pipe: Any, adapter_name: str) -> dict[str, list[str]]:
-    """The adapters that act now and stay beside a new PCM adapter, by network: no other PCM adapter, and none of its name."""
-    configs = getattr(pipe.unet, "peft_config", {})
-    replaced = {adapter_name, *(name for name, config in configs.items() if hasattr(config, _LOADED))}
+def _delete(pipe: Any, adapter_name: str) -> bool:
+    """Take an adapter out of every network, and say whether it was in one."""
+    present = any(adapter_name in names for names in pipe.get_list_adapters().values())
+    if present:
+        pipe.delete_adapters(adapter_name)
+    return present
+
+
+def _active(pipe: Any) -> dict[str, list[str]]:
+    """The adapters that act, by network: none where they are switched off."""
     return {
-        network: [
-            name
-            for name in dict.fromkeys(name for layer in layers if not layer.disable_adapters for name in layer.active_adapters)
-            if name not in replaced
-        ]
+        network: list(dict.fromkeys(name for layer in layers if not layer.disable_adapters for name in layer.active_adapters))
         for network, layers in _adapter_layers(pipe).items()
     }
 
 
-def _activate(pipe: Any, adapter_name: str, beside: Mapping[str, list[str]]) -> None:
-    """Let the new adapter act, and beside it what acted before: diffusers (0.42) lets the newest act alone.
+def _beside(pipe: Any, active: Mapping[str, list[str]], adapter_name: str) -> dict[str, list[str]]:
+    """What is to act once a PCM adapter is loaded: it, and what acted before but other PCM adapters."""
+    configs = pipe.unet.peft_config
+    setattr(configs[adapter_name], _LOADED, True)
+    kept = {network: [name for name in names if not hasattr(configs.get(name), _LOADED)] for network, names in active.items()}
+    return {
+        network: [*names, *([adapter_name] if adapter_name in getattr(getattr(pipe, network), "peft_config", {}) else [])]
+        for network, names in kept.items()
+    }
+
+
+def _activate(pipe: Any, active: Mapping[str, list[str]]) -> None:
+    """Let these adapters act: diffusers (0.42) lets the one that was loaded last act alone.
 
     Not by `pipe.set_adapters`, which sets all weights anew, nor `pipe.enable_lora`, which lets act what was switched off.
     """
-    setattr(pipe.unet.peft_config[adapter_name], _LOADED, True)
     for network, layers in _adapter_layers(pipe).items():
-        active = list(beside[network])
-        if adapter_name in getattr(getattr(pipe, network), "peft_config", {}):
-            active.append(adapter_name)
+        present = [name for name in active[network] if name in getattr(getattr(pipe, network), "peft_config", {})]
         for layer in layers:
-            layer.set_adapter(active)
-            if active:
+            layer.set_adapter(present)
+            if present:
                 layer.enable_adapters(enabled=True)
 
 
@@ -261,16 +277,21 @@ class _Weights:
 
 
 def _weights(pipe: Any, lora: LoraTensors, path: Path) -> _Weights:
-    """A LoRA, and what its file has for text encoders; what is of neither is named in a warning.
+    """A LoRA, and what its file has for text encoders; what cannot be read as either is named in a warning.
 
     Raises:
         ValueError: a name that says no module, or matrices that do not fit a text encoder.
     """
     text: dict[str, torch.Tensor] = {}
+    left_out = [key for key in lora.strangers if not key.startswith(TEXT_ENCODERS)]
     if any(key.startswith(TEXT_ENCODERS) for key in lora.strangers):  # which adapters of this project have not: read once more
-        text = _text_tensors(pipe, *read_tensors(path), path)
-    if left_out := [key for key in lora.strangers if not key.startswith(TEXT_ENCODERS)]:
-        logger.warning(f"{len(left_out)} tensors of {path.name} are of no LoRA of a UNet and left out, such as {left_out[0]}.")
+        text, unread = _text_tensors(pipe, *read_tensors(path), path)
+        left_out += unread
+    if left_out:
+        logger.warning(
+            f"{len(left_out)} tensors of {path.name} are left out, such as {left_out[0]}: they are named neither as in a LoRA "
+            "of a UNet nor as in diffusers' files for text encoders."
+        )
     try:
         tensors, metadata = to_diffusers(lora)
     except ValueError as error:
@@ -280,9 +301,13 @@ def _weights(pipe: Any, lora: LoraTensors, path: Path) -> _Weights:
 
 def _text_tensors(
     pipe: Any, tensors: Mapping[str, torch.Tensor], header: Mapping[str, str], path: Path
-) -> dict[str, torch.Tensor]:
-    """Those of text encoders, with their scales in the matrices: diffusers is not given the header, in which alphas are."""
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Those of text encoders, with their scales in the matrices: diffusers is not given the header, in which alphas are.
+
+    And the names of those of no known layout.
+    """
     found: dict[str, torch.Tensor] = {}
+    unread: list[str] = []
     for prefix in TEXT_ENCODERS:
         own = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
         encoder = getattr(pipe, prefix.rstrip("."), None)
@@ -292,10 +317,11 @@ def _text_tensors(
             lora = sort_text_tensors(own, header, prefix)
         except ValueError as error:
             raise ValueError(f"{path.name} {error}") from error
-        if lora is None:  # of an old layout, which diffusers reads
-            found |= own
+        if lora is None:
+            unread += own
             continue
+        unread += [prefix + key for key in lora.strangers]
         _check_fit(pipe, encoder, lora, path)
         written, _ = to_diffusers(lora.folded())
         found |= {prefix + key.removeprefix("unet."): tensor for key, tensor in written.items()}
-    return found
+    return found, unread

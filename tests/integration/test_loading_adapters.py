@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from tiny_models import image_pipeline, random_lora
 
-from pcm_scheduler import AdapterSettings, load_pcm_lora
+from pcm_scheduler import AdapterSettings, PCMScheduler, load_pcm_lora
 from pcm_scheduler.lora_layouts import METADATA_KEY, to_diffusers, to_kohya
 from pcm_scheduler.phases import PhaseGrid
 
@@ -276,6 +276,99 @@ def test_a_module_that_no_unet_has_leaves_the_adapter_that_was_there(lora, expec
     assert torch.equal(output(pipe), expected)
 
 
+@torch.no_grad()
+def encoded(pipe):
+    return pipe.text_encoder(torch.arange(2, 9)[None]).last_hidden_state
+
+
+TEXT_MODULE = "text_encoder.text_model.encoder.layers.0.self_attn"
+
+
+def with_text(lora, key, width=32):
+    """The tensors of a file in diffusers' layout, whose text encoder's part is under `key`, and its header."""
+    tensors, metadata = to_diffusers(lora)
+    drawn = torch.Generator().manual_seed(3)
+    for name, shape in zip(key.split(" "), ((4, width), (width, 4)), strict=True):
+        tensors[f"{TEXT_MODULE}.{name}"] = torch.randn(shape, generator=drawn)
+    return tensors, HEADER | {METADATA_KEY: metadata}
+
+
+NEW_TEXT = "q_proj.lora_A.weight q_proj.lora_B.weight"
+OLD_TEXTS = [
+    "q_proj.lora_linear_layer.down.weight q_proj.lora_linear_layer.up.weight",
+    "to_q_lora.down.weight to_q_lora.up.weight",
+]
+
+
+@pytest.mark.parametrize("key", OLD_TEXTS)
+def test_text_encoders_in_old_layouts_act_as_in_the_new(lora, tmp_path, key):
+    results = []
+    for number, named in enumerate((NEW_TEXT, key)):
+        pipe = image_pipeline()
+        load_pcm_lora(pipe, saved(tmp_path / f"{number}.safetensors", *with_text(lora, named)))
+        results.append(encoded(pipe))
+    assert (results[0] - encoded(image_pipeline())).abs().max() > 0.01
+    torch.testing.assert_close(*results, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("damage", ["another width", "nan"])
+@pytest.mark.parametrize("key", [NEW_TEXT, *OLD_TEXTS])
+def test_a_text_encoders_part_that_cannot_act_leaves_the_pipeline_as_it_was(lora, expected, tmp_path, key, damage):
+    pipe = image_pipeline()
+    load_pcm_lora(pipe, saved(tmp_path / "good.safetensors", to_kohya(lora)))
+    tensors, header = with_text(lora, key, width=48 if damage == "another width" else 32)
+    if damage == "nan":
+        tensors[f"{TEXT_MODULE}.{key.split()[0]}"][0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"bad\.safetensors.*(another model|not finite)"):
+        load_pcm_lora(pipe, saved(tmp_path / "bad.safetensors", tensors, header))
+    assert pipe.get_list_adapters() == {"unet": ["pcm"]}
+    assert torch.equal(output(pipe), expected)
+
+
+def test_a_text_encoders_part_of_no_known_layout_is_left_out_with_a_warning(lora, expected, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(module.logger, "warning", said.append)
+    pipe = image_pipeline()
+    tensors, header = with_text(lora, "q_proj.lokr_w1 q_proj.lokr_w2")
+    load_pcm_lora(pipe, saved(tmp_path / "unknown.safetensors", tensors, header))
+    assert pipe.get_list_adapters() == {"unet": ["pcm"]}
+    torch.testing.assert_close(output(pipe), expected, rtol=0, atol=1e-6)
+    assert any("2 tensors" in sentence and "q_proj.lokr_w1" in sentence for sentence in said)
+
+
+def test_what_fails_half_way_is_taken_out_again(lora, files, tmp_path, monkeypatch):
+    pipe = image_pipeline()
+    pipe.load_lora_weights(str(files["style"]), adapter_name="style")
+    styled = output(pipe)
+    path = saved(tmp_path / "half.safetensors", *with_text(lora, NEW_TEXT))
+
+    def full(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(pipe, "load_lora_weights", full)  # of the text encoder; the UNet's part is in by then
+    with pytest.raises(RuntimeError, match=r"half\.safetensors could not be loaded: out of memory"):
+        load_pcm_lora(pipe, path)
+    assert pipe.get_list_adapters() == {"unet": ["style"]}
+    assert torch.equal(output(pipe), styled)
+    assert not isinstance(pipe.scheduler, PCMScheduler)
+
+
+def test_in_text_encoders_too_others_stay_and_the_newest_pcm_adapter_acts_alone(lora, tmp_path):
+    tensors, header = with_text(lora, NEW_TEXT)
+    style = {key: tensor / 2 for key, tensor in tensors.items() if key.startswith("text_encoder.")}
+    path = saved(tmp_path / "text.safetensors", tensors, header)
+    pipe, both = image_pipeline(), image_pipeline()
+    pipe.load_lora_weights(dict(style), adapter_name="style")
+    for name in ("first", "second"):
+        load_pcm_lora(pipe, path, adapter_name=name)
+    load_pcm_lora(both, path)
+    alone = encoded(both)
+    both.load_lora_weights(dict(style), adapter_name="style")
+    both.text_encoder.set_adapter(["pcm", "style"])
+    assert (encoded(both) - alone).abs().max() > 0.01
+    torch.testing.assert_close(encoded(pipe), encoded(both), rtol=0, atol=1e-5)
+
+
 def test_alphas_of_text_encoders_are_kept(lora, tmp_path):
     tensors, metadata = to_diffusers(lora)
     start = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
@@ -283,10 +376,6 @@ def test_alphas_of_text_encoders_are_kept(lora, tmp_path):
     stated = {"text_encoder.r": 4, "text_encoder.lora_alpha": 1, "text_encoder.target_modules": ["q_proj"]}
     header = HEADER | {METADATA_KEY: json.dumps(json.loads(metadata) | stated)}
     path = saved(tmp_path / "text.safetensors", tensors, header)
-
-    def encoded(pipe):
-        with torch.no_grad():
-            return pipe.text_encoder(torch.arange(2, 9)[None]).last_hidden_state
 
     ours, theirs = image_pipeline(), image_pipeline()
     load_pcm_lora(ours, path)
