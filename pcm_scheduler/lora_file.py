@@ -399,13 +399,20 @@ def standard_header(settings: AdapterSettings, title: str, kind: str) -> dict[st
         title: a human name.
         kind: after the architecture's name: `/lora`, or nothing for a whole model.
     """
-    return settings.to_header() | {
+    return _settings_header(settings, kind) | {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": ARCHITECTURES[settings.base_model] + kind,
         "modelspec.implementation": "diffusers",
         "modelspec.title": title,
+    }
+
+
+def _settings_header(settings: AdapterSettings, kind: str) -> dict[str, str]:
+    """All of `standard_header` that follows from the settings."""
+    hint = f"PCMScheduler, {settings.num_inference_steps} steps, guidance {settings.guidance_scale:g}, eta {settings.eta:g}"
+    return settings.to_header() | {
+        "modelspec.architecture": ARCHITECTURES[settings.base_model] + kind,
         "modelspec.prediction_type": "v" if settings.prediction_type == "v_prediction" else settings.prediction_type,
-        "modelspec.usage_hint": _usage_hint(settings),
+        "modelspec.usage_hint": hint,
     }
 
 
@@ -514,12 +521,13 @@ def restate(
     Args:
         path: an adapter file.
         output: where the new one is written; may be `path`.
-        settings: for the new header; entries that are not settings are kept.
+        settings: for the new header, in place of all that the old one says of them; other entries are kept.
         extra: further entries, new or replaced.
     """
     tensors, header = read_tensors(path)
-    stated = settings.to_header() | {"modelspec.usage_hint": _usage_hint(settings)}
-    write_safetensors(tensors, output, header | stated | dict(extra or {}))
+    kept = {key: value for key, value in header.items() if not key.startswith(HEADER_PREFIX)}
+    _, slash, kind = header.get("modelspec.architecture", "/lora").partition("/")
+    write_safetensors(tensors, output, kept | _settings_header(settings, slash + kind) | dict(extra or {}))
 
 
 def convert_adapter(path: str | os.PathLike, output: str | os.PathLike, to: str, alpha: float | None = None) -> None:
@@ -576,10 +584,6 @@ def convert_adapter(path: str | os.PathLike, output: str | os.PathLike, to: str,
         header |= settings.to_header()
     header.pop(METADATA_KEY, None)
     write_safetensors(tensors, output, header if metadata is None else header | {METADATA_KEY: metadata})
-
-
-def _usage_hint(settings: AdapterSettings) -> str:
-    return f"PCMScheduler, {settings.num_inference_steps} steps, guidance {settings.guidance_scale:g}, eta {settings.eta:g}"
 
 
 def _only(values: Sequence[float]) -> float | str:

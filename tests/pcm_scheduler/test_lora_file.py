@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 
 from lora_training.config import TARGET_SETS
 from pcm_scheduler import AdapterSettings, load_pcm_lora, read_settings
-from pcm_scheduler.lora_file import main, published_settings, read_adapter, with_overrides, write_adapter
+from pcm_scheduler.lora_file import main, published_settings, read_adapter, restate, with_overrides, write_adapter
 from pcm_scheduler.phases import PhaseGrid
 
 from model import build_unet, load_pipeline
@@ -305,6 +306,22 @@ def test_reading_is_the_reverse_of_writing(trained, adapter_file):
     stronger = read_adapter(adapter_file, dict.fromkeys(modules_of(state), 2 * ALPHA))
     for key, tensor in state.items():
         torch.testing.assert_close(stronger[key], tensor / 2 if key.endswith("lora_B.weight") else tensor)
+
+
+def test_a_header_is_stated_anew_and_what_it_says_no_more_is_gone(adapter_file, tmp_path):
+    sdxl = AdapterSettings("sdxl", PhaseGrid.even(8, 40).edges, 40, prediction_type="v_prediction", guidance_scale=2.0)
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    restate(adapter_file, first, replace(sdxl, inferred=True, beta_schedule="linear", beta_start=0.001))
+    restate(first, second, sdxl, {"pcm_trainer.config": "{}"})
+    assert read_settings(second) == sdxl
+    with safe_open(adapter_file, "pt") as file:
+        title = file.metadata()["modelspec.title"]
+    with safe_open(second, "pt") as file:
+        header = file.metadata()
+    assert header["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert header["modelspec.prediction_type"] == "v"
+    assert "guidance 2" in header["modelspec.usage_hint"]
+    assert (header["modelspec.title"], header["pcm_trainer.config"]) == (title, "{}")
 
 
 def test_a_header_of_a_newer_version_is_not_misread():
