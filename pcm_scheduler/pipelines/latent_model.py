@@ -76,12 +76,25 @@ class LatentModel:
         """That the adapter was trained on."""
         return self.pipe.scheduler.grid
 
+    def noise_ratios(self) -> list[float]:
+        """sigma / alpha of the points 1..N of the grid; infinite where nothing of the picture is left (zero terminal SNR)."""
+        alphas, sigmas = alphas_and_sigmas(self.pipe.scheduler.alphas_cumprod)
+        timesteps = list(self.grid.timesteps[1:])
+        return (sigmas[timesteps] / alphas[timesteps]).tolist()
+
     def levels(self, points: Sequence[int], ends_at_zero: bool = True) -> Levels:
-        """The levels of points of the grid, in their order, and (1, 0) after them."""
+        """The levels of points of the grid, in their order, and (1, 0) after them.
+
+        Raises:
+            ValueError: one of them has zero signal, where an epsilon prediction says nothing of x_0.
+        """
         alphas, sigmas = alphas_and_sigmas(self.pipe.scheduler.alphas_cumprod)
         timesteps = tuple(self.grid.timesteps[n] for n in points)
-        if alphas[list(timesteps)].min() == 0:
-            raise ValueError("This schedule ends at zero signal (zero terminal SNR), which editing cannot start from.")
+        if self.pipe.scheduler.config.prediction_type == "epsilon" and alphas[list(timesteps)].min() == 0:
+            raise ValueError(
+                "This schedule ends at zero signal (zero terminal SNR), where an epsilon prediction says nothing about x_0: "
+                "start below it (strength < 1), use a v_prediction model, or set rescale_betas_zero_snr=False."
+            )
         end = ((1.0,), (0.0,)) if ends_at_zero else ((), ())
         return Levels(
             timesteps,

@@ -235,9 +235,7 @@ class PCMEditPipeline:
             **options: of `__call__`.
         """
         grid = self.model.grid
-        levels = self.model.levels(range(1, grid.num_solver_steps + 1), ends_at_zero=False)
-        ratios = [s / a for a, s in zip(levels.alphas, levels.sigmas, strict=True)]
-        edit = denoising(self._pictures(image), noise_level, grid, ratios)
+        edit = denoising(self._pictures(image), noise_level, grid, self.model.noise_ratios())
         asked = options.pop("num_inference_steps", None)
         steps = self.num_inference_steps if asked is None else asked
         return self._edit(edit, {"num_inference_steps": min(steps, grid.start_point(edit.strength))} | options)

@@ -320,6 +320,29 @@ def test_denoising_takes_noise_out(edit):
         assert after < 0.5 * before
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_zero_terminal_snr_is_refused_only_where_an_epsilon_prediction_starts_at_it(prediction_type):
+    pipe = load_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    settings = load_pcm_lora(pipe, ADAPTER)
+    betas = {"rescale_betas_zero_snr": True, "prediction_type": prediction_type}
+    pipe.scheduler = PCMScheduler.from_config(pipe.scheduler.config, **betas)
+    edit, picture = PCMEditPipeline(pipe, settings), scene_picture()
+    options = {"generator": seeded(), "num_inference_steps": 2, "output_type": "pt"}
+    assert edit.denoise(picture, 30.0, **options).images.isfinite().all()
+    assert edit.colorize(picture, **options).images.isfinite().all()
+    noise = edit.noise(1, (128, 128), seeded())
+    if prediction_type == "epsilon":
+        with pytest.raises(ValueError, match=r"zero terminal SNR.*strength < 1"):
+            edit.sample(noise, (128, 128), **options)
+    else:
+        # wherever it starts, the pipeline itself draws the same
+        ours = edit.sample(noise, (128, 128), guidance_scale=1.0, **options).images
+        options = {"latents": noise, "num_inference_steps": 2, "output_type": "pt", "guidance_scale": 1.0}
+        torch.testing.assert_close(ours, pipe("", height=128, width=128, **options).images, rtol=0, atol=1e-4)
+        assert edit.invert(picture).isfinite().all()
+
+
 def test_strokes_keep_more_of_the_sketch_at_low_strength(edit):
     sketch = Image.new("RGB", (128, 128), (150, 205, 240))
     sketch.paste((222, 38, 38), (44, 44, 84, 84))
