@@ -665,7 +665,7 @@ def inspect_adapter(path: str | os.PathLike) -> Inspection:
         )
     problems += lora.misfits()
     problems += [f"{name} holds numbers that are not finite." for name in lora.not_finite()]
-    if all(not parts["up"].any() for parts in lora.modules.values() if "up" in parts) and not lora.has_magnitudes:
+    if lora.is_zero and not lora.has_magnitudes:
         problems.append("Every module is zero: the adapter does nothing.")
     matrices = [tensor for parts in lora.modules.values() for part, tensor in parts.items() if part in ("down", "up")]
     ranks = {parts["down"].shape[0] for parts in lora.modules.values() if "down" in parts and parts["down"].ndim}

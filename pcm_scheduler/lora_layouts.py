@@ -148,13 +148,20 @@ class LoraTensors:
         return replace(self, modules={name: parts for name, parts in self.modules.items() if wanted(name)})
 
     @property
+    def is_zero(self) -> bool:
+        """Whether no matrix adds anything."""
+        return not any(_computable(parts["up"]).any() for parts in self.modules.values() if "up" in parts)
+
+    @property
     def has_magnitudes(self) -> bool:
         """Whether it is a DoRA."""
         return any("magnitude" in parts for parts in self.modules.values())
 
     def not_finite(self) -> list[str]:
         """The modules with numbers from which every picture would be black."""
-        return [name for name, parts in self.modules.items() if not all(t.isfinite().all() for t in parts.values())]
+        return [
+            name for name, parts in self.modules.items() if not all(_computable(t).isfinite().all() for t in parts.values())
+        ]
 
     def misfits(self) -> list[str]:
         """What keeps modules from acting at all, a sentence each: lacking matrices, or shapes that do not go together."""
@@ -261,6 +268,11 @@ def _plain_path(path: str) -> str:
     for theirs, ours in _ATTENTION_BLOCKS.items():
         path = path.replace(f".{theirs}.", f".{ours}.")
     return path + ".0" if path.endswith(".to_out") else path
+
+
+def _computable(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers in a type that every torch (from 2.6) can ask about: of float8 it only stores."""
+    return tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
 
 
 def _channel_vector(magnitude: torch.Tensor) -> torch.Tensor:

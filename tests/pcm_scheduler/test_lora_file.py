@@ -286,6 +286,22 @@ def test_the_command_line_finds_what_is_wrong(adapter_file, tmp_path, capsys, da
     assert says in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_the_command_line_reads_numbers_of_eight_bits(adapter_file, tmp_path, capsys, dtype):
+    """With torch 2.6, which asks nothing of such tensors."""
+    with safe_open(adapter_file, "pt") as file:
+        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+        eight = {k: t.to(dtype) if t.ndim else t for k, t in tensors.items()}
+        save_file(eight, tmp_path / "eight.safetensors", file.metadata())
+    assert main([str(tmp_path / "eight.safetensors")]) == 0
+    assert "It is whole." in capsys.readouterr().out
+    first = min(key for key in eight if key.endswith("lora_down.weight"))
+    eight[first] = torch.full(eight[first].shape, torch.nan).to(dtype)
+    save_file(eight, tmp_path / "nan.safetensors")
+    assert main([str(tmp_path / "nan.safetensors")]) == 1
+    assert "not finite" in capsys.readouterr().out
+
+
 def test_a_truncated_file_is_refused(adapter_file, tmp_path, capsys):
     path = tmp_path / "short.safetensors"
     path.write_bytes(adapter_file.read_bytes()[:-100])
