@@ -102,7 +102,7 @@ class LoraTensors:
         modules: by the module's path with underscores: `down` (rank, in, ...), `up` (out, rank, ...), and if stored `alpha` ()
             and `magnitude` (out,).
         paths: the dotted paths, as far as the file says them.
-        strangers: keys that have no place in the LoRA of a UNet.
+        strangers: keys that have no place in the LoRA of a UNet, or whose place another layout's name has taken already.
     """
 
     layouts: tuple[str, ...]
@@ -219,8 +219,11 @@ def sort_tensors(tensors: Mapping[str, torch.Tensor], header: Mapping[str, str] 
         else:
             strangers.append(key)
             continue
-        part = _PARTS[match[2]]
-        modules.setdefault(name, {})[part] = _channel_vector(tensor) if part == "magnitude" else tensor
+        part, parts = _PARTS[match[2]], modules.setdefault(name, {})
+        if part in parts:  # in no host would both act, and which one does is chance
+            strangers.append(f"{key} (a second tensor for one place)")
+            continue
+        parts[part] = _channel_vector(tensor) if part == "magnitude" else tensor
     if not any({"down", "up"} & parts.keys() for parts in modules.values()):
         example = f", such as {min(tensors)[:_LONGEST_NAME]}," if tensors else ""
         raise ValueError(

@@ -375,6 +375,21 @@ def test_alphas_are_stated_for_names_as_peft_matches_them(patterns, alpha):
     assert lora.alpha("mid_block_attentions_0_proj_in") == alpha
 
 
+def test_a_module_in_two_layouts_is_said_to_be_there_twice(tmp_path, capsys):
+    """Of two tensors for one place the first counts."""
+    name = "lora_unet_mid_block_attentions_0_proj_in"
+    again = {f"{name}.lora_down.weight": torch.zeros(2, 3), f"{name}.lora_up.weight": torch.zeros(3, 2)}
+    lora = sort_tensors(PAIR | again)
+    assert {key.partition(" ")[0] for key in lora.strangers} == set(again)
+    assert all(parts["up"].all() for parts in lora.modules.values())
+    path, out = tmp_path / "twice.safetensors", tmp_path / "out.safetensors"
+    save_file(PAIR | again, path)
+    assert main([str(path)]) == 1
+    assert "PROBLEM        2 tensors have no place in a LoRA, such as " in capsys.readouterr().out
+    assert main([str(path), "--convert", "kohya", "--output", str(out)]) == 1
+    assert not out.exists()
+
+
 def test_a_name_longer_than_any_is_a_stranger():
     long = "lora_unet_" + "a" * 10**6 + ".alpha"
     assert sort_tensors(PAIR | {long: torch.ones(())}).strangers == (f"{long[:40]}... of 1000016 letters",)
