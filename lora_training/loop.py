@@ -350,6 +350,7 @@ class Run:
                     saved = step + 1
                 if config.validation.every and (step + 1) % config.validation.every == 0:
                     self.validate(step + 1)
+        self._asked.clear()  # too late to stop: all steps are done, and the card shows the last sheet
         self.write()
         self.validate(config.optimizer.steps)
         if main:

@@ -398,6 +398,13 @@ def test_a_run_stops_between_the_rows_of_a_sheet(folder, tmp_path, monkeypatch):
     assert same(config.output, whole)
 
 
+def test_a_run_that_is_asked_to_stop_in_its_last_step_ends_whole(folder, tmp_path, monkeypatch):
+    config = tiny_config(folder, tmp_path / "a.safetensors")
+    stop_at(monkeypatch, 5)
+    run(config)
+    assert (tmp_path / "a.run" / "samples" / "step-00000006.png").is_file()  # which the card shows
+
+
 def test_another_number_of_processes_is_said(folder, tmp_path, monkeypatch, capsys):
     """The batch is another one then. A checkpoint of two processes, gone on with in one."""
     config = tiny_config(folder, tmp_path / "a.safetensors")
