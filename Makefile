@@ -80,14 +80,11 @@ shapes_video: $(STAMP) ## train and measure the words of motion, the domain adap
 	$(PY) examples/shapes/motion_words.py
 	$(TWO_PROCESSES) examples/shapes/domain_adapter.py
 	$(TWO_PROCESSES) examples/shapes/train_motion.py
-	$(PY) examples/shapes/measure_motion.py
+	$(TWO_PROCESSES) examples/shapes/video_guidance.py
+	$(TWO_PROCESSES) examples/shapes/measure_motion.py
 
-adapters_video: $(STAMP) ## distil the adapters for clips again; an hour
-	$(PY) examples/shapes/video_model.py outputs/shapes_video_model
-	$(PY) examples/shapes/write_clips.py outputs/shapes_clips --count 1024
-	for name in pcm4 lcm; do $(PY) lora_training/train.py --config examples/configs/shapes_video_$$name.yaml || exit; done
-	cp outputs/shapes_video_pcm_4phase.safetensors examples/shapes/adapters/video_pcm_4phase.safetensors
-	cp outputs/shapes_video_lcm.safetensors examples/shapes/adapters/video_lcm.safetensors
+adapters_video: $(STAMP) ## distil the adapters for clips again; half an hour
+	$(PY) examples/shapes/distil_video.py
 
 shapes_xl: $(STAMP) ## train and measure the shapes model of SDXL's shape again
 	$(PY) examples/shapes/train_xl.py

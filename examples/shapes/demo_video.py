@@ -16,19 +16,17 @@ from evaluate import Method, in_fast_precision
 from pictures import contact_sheet
 from PIL.Image import Image
 from tabulate import tabulate
-from video_model import captions_of, clip_noise, draw_clips, held_out_clips, load_video_pipeline
+from video_model import ADAPTERS, captions_of, clip_noise, draw_clips, held_out_clips, load_video_pipeline, teacher_guidance
 from write_clips import FRAMES_PER_SECOND
 
 from lora_training.cpu import keep_freed_memory
 from lora_training.evaluation.video import temporal_consistency
 from pcm_scheduler import export_clip, load_pcm_lora
 
-from model import HERE, build_scheduler
+from model import build_scheduler
 
-ADAPTERS = {"PCM": HERE / "adapters" / "video_pcm_4phase.safetensors", "LCM": HERE / "adapters" / "video_lcm.safetensors"}
 RUNS = (*(("PCM", steps) for steps in (1, 2, 4, 8)), *(("LCM", steps) for steps in (1, 2, 4, 8)), ("teacher", 25))
 SHOWN, JUDGED, NOISE = 6, 12, 3
-TEACHER_GUIDANCE = 5.0
 
 
 def moving_sheet(rows: Mapping[str, torch.Tensor]) -> list[Image]:
@@ -47,7 +45,7 @@ def main() -> None:
     pipe = load_video_pipeline()
     pipe.set_progress_bar_config(disable=True)
     in_fast_precision(pipe.unet)
-    methods, schedulers = {"teacher": Method("teacher", TEACHER_GUIDANCE)}, {"teacher": build_scheduler()}
+    methods, schedulers = {"teacher": Method("teacher", teacher_guidance())}, {"teacher": build_scheduler()}
     for name, path in ADAPTERS.items():
         settings = load_pcm_lora(pipe, path, adapter_name=name)
         methods[name], schedulers[name] = Method(name, settings.guidance_scale, settings.eta), pipe.scheduler

@@ -4,33 +4,41 @@ The image model has only seen objects that stand almost upright. Motion modules 
 what to draw. AnimateDiff's third version therefore begins with a "domain adapter", a LoRA that the image UNet learns from
 single frames, and trains its motion modules on top of it; so do we. What draws clips has it merged into its weights.
 
-Beside its caption, the UNet is told what motion has made of the frame, by what stands in for motion modules, and its features
-are asked what objects cover (`frame_features.py`): so it learns to draw what motion modules will say. They will read the words
-of motion at every place, which the UNet might learn to pass over. So linear layers are trained beside, as in `motion_words.py`,
-that read these words there.
+It is learned in two parts:
 
-What ships was trained in two parts: 4400 steps of 32 frames with two waves of the angle, 3000 of 64 with six.
+    1. naming: of two objects the caption says which one moves, and in the image model's features nothing at the objects' places
+       says it. Its way down and its middle are asked, for nothing else: it takes hundreds of steps in which nothing seems to
+       happen until it is learned (`ObjectReader`);
+    2. drawing: beside its caption, the UNet is told what motion has made of the frame, by what stands in for motion modules,
+       and its features are asked what objects cover (`frame_features.py`). So it learns to draw what motion modules will say.
+       Motion modules will read the words of motion at every place, which the UNet might learn to pass over: linear layers are
+       trained beside, as in `motion_words.py`, that read these words there, and naming is asked further.
 
     accelerate launch --config_file examples/accelerate/two_processes_cpu.yaml examples/shapes/domain_adapter.py
+
+What ships was made by an earlier form of this script: without naming, and told at every place of a frame. With `--onto` a
+training begins from it.
 """
 
 from __future__ import annotations
 
 import argparse
 from functools import partial
-from itertools import count
+from itertools import count, product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
-from frame_features import FrameFeatures, before_motion, colour_masks, frame_state
+from frame_features import FrameFeatures, ObjectReader, before_motion, colour_masks, own_places, states_of
 from motion_words import PlaceReader, add_words, everywhere, load_words, tokens, told
 from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
+from unet_halves import lower
 
 from lora_training.config import TARGET_SETS
 from lora_training.cpu import fast_autocast, keep_freed_memory, use_plain_attention
@@ -38,17 +46,17 @@ from pcm_scheduler.lora_file import write_safetensors
 
 import moving
 from denoising import CAPTION_DROPOUT, Layout, Noised, cached_moments, denoising_loss, drawn_latents, noised
-from model import HERE, RUNS_DIR, load_pipeline
+from model import HERE, RUNS_DIR, fingerprint, load_pipeline
 from moving import NUM_FRAMES, TURNING, Clip, sample_clip
-from scenes import MOTION_TRAIN_SEED, render
+from scenes import COLOURS, MOTION_TRAIN_SEED, render
 from training import processes_here, train
 
 DOMAIN_FILE = HERE / "domain_adapter.safetensors"
 FEATURES_FILE = RUNS_DIR / "frame-features.safetensors"  # stand-ins and heads: of use to nothing but `train_motion.py`
 RANK = 64
-STEPS, LEARNING_RATE, BATCH = 6000, 2e-3, 64
+NAMING_STEPS, DRAWING_STEPS, LEARNING_RATE, BATCH = 1600, 1600, 2e-3, 64
 LEVELS = Layout(nothing=0.1, noisy=0.6, least=300)  # what is drawn where, and how it is turned, is decided where it is noisy
-MASK_WEIGHT, READING_WEIGHT = 0.5, 0.02  # of masks and of naming the motion, beside the error of the noise: some tenths
+MASK_WEIGHT, READING_WEIGHT, NAMING_WEIGHT = 0.5, 0.02, 0.1  # beside the error of the noise, some tenths
 FRAMES, TESTED = 16384, 256  # the first of them are not trained on
 TESTED_TIMESTEPS = (200, 400, 600, 800)
 
@@ -61,15 +69,29 @@ def load_domain_adapter(pipe: StableDiffusionPipeline, path: Path = DOMAIN_FILE)
 
 
 def single_frames(number: int) -> list[tuple[Clip, int]]:
-    """Training clips with a frame of each; those that turn are half of them."""
+    """Training clips with a frame of each; half of them turn, and half of both have two objects."""
     found: list[tuple[Clip, int]] = []
+    room = dict.fromkeys(product((False, True), repeat=2), number // 4)
     for i in count():
         clip = sample_clip(MOTION_TRAIN_SEED, i)
-        if clip.motion.kind in TURNING or i % 4 == 0:
+        sort = clip.motion.kind in TURNING, len(clip.scene.objects) == 2
+        if room[sort]:
+            room[sort] -= 1
             found.append((clip, 5 * len(found) % NUM_FRAMES))
-            if len(found) == number:
+            if not any(room.values()):
                 return found
     raise AssertionError("clips never end")
+
+
+class Asked(NamedTuple):
+    """Answers to a batch of frames: errors of noise, masks, words and naming; of the last, shares of places that are right."""
+
+    noise: torch.Tensor
+    masks: torch.Tensor
+    reading: torch.Tensor
+    naming: torch.Tensor
+    who: torch.Tensor
+    kind: torch.Tensor
 
 
 class Lesson:
@@ -77,89 +99,147 @@ class Lesson:
 
     Args:
         pipe: whose text encoder knows the words of motion, and whose UNet gets the adapter.
+        onto: an adapter to begin from.
     """
 
-    def __init__(self, pipe: StableDiffusionPipeline):
+    def __init__(self, pipe: StableDiffusionPipeline, onto: Path | None = None):
         self.pipe, self.frames = pipe, single_frames(FRAMES)
         scenes = [moving.frames(clip)[frame] for clip, frame in self.frames]
         self.moments = cached_moments(pipe.vae, FRAMES, lambda some: render([scenes[i] for i in some]), "single-frames")
         pipe.text_encoder.requires_grad_(False)
         pipe.unet.requires_grad_(False)
         use_plain_attention(pipe.unet)
-        self.reader = PlaceReader(pipe.unet)
+        self.words, self.objects = PlaceReader(pipe.unet), ObjectReader(pipe.unet)
         self.features = FrameFeatures(pipe.unet, before_motion(pipe.unet))
-        moved = ((clip, scene.objects[clip.moving]) for (clip, _), scene in zip(self.frames, scenes, strict=True))
-        self.states = torch.tensor([frame_state(now, clip.scene.objects[clip.moving]) for clip, now in moved])
+        states = (states_of(clip, [scene])[0] for scene, (clip, _) in zip(scenes, self.frames, strict=True))
+        self.states = torch.tensor(list(states))
+        self.places = torch.stack([own_places(s, clip.moving) for s, (clip, _) in zip(scenes, self.frames, strict=True)])
         self.masks = colour_masks(scenes)
+        movers = [clip.scene.objects[clip.moving].colour for clip, _ in self.frames]
+        self.movers = torch.tensor([list(COLOURS).index(colour) for colour in movers])
+        self.two = torch.tensor([len(scene.objects) == 2 for scene in scenes])
         pipe.unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(TARGET_SETS["all"])))
-        self.adapter = nn.ParameterList(p for p in pipe.unet.parameters() if p.requires_grad)
+        if onto is not None:
+            set_peft_model_state_dict(pipe.unet, {k.removeprefix("unet."): v.float() for k, v in load_file(onto).items()})
+        adapter = {name: p for name, p in pipe.unet.named_parameters() if p.requires_grad}
+        self.adapter = nn.ParameterList(adapter.values())
+        self.lower_adapter = nn.ParameterList(p for name, p in adapter.items() if not name.startswith("up_blocks"))
 
-    def errors(
-        self, which: torch.Tensor, given: Noised, generator: torch.Generator, dropout: float
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of noise, of masks, of naming the motion; and the share of places that name it rightly."""
-        rng = np.random.default_rng(torch.randint(2**62, (), generator=generator).item())
+    def named(self, which: torch.Tensor, kinds: torch.Tensor, said: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What `ObjectReader` says of the last forward, of frames that have captions."""
+        masks = self.masks[which].float() / 255 * said[:, None, None, None]
+        moving_ones = masks[torch.arange(len(which)), self.movers[which]]
+        return self.objects(kinds, moving_ones, masks.sum(1) - moving_ones)
+
+    def encoded(self, texts: list[str]) -> torch.Tensor:
+        return self.pipe.text_encoder(tokens(self.pipe.tokenizer, texts)).last_hidden_state
+
+    def given(self, which: torch.Tensor, generator: torch.Generator) -> Noised:
+        return noised(drawn_latents(self.moments, which, self.pipe.vae, generator), self.pipe.scheduler, generator, LEVELS)
+
+    def naming_loss(self, batch: int, generator: torch.Generator) -> torch.Tensor:
+        """Of frames with two objects, by the way down and the middle alone."""
+        among = self.two.nonzero()[:, 0]
+        among = among[among >= TESTED]
+        which = among[torch.randint(len(among), (batch,), generator=generator)]
+        given = self.given(which, generator)
+        self.features.stand_ins.say_nothing()
+        texts, kinds, _ = told([self.frames[i][0] for i in which.tolist()], random_of(generator))
+        with fast_autocast():
+            half = lower(self.pipe.unet, given.sample[:, :, None], given.timesteps, self.encoded(texts))
+            self.pipe.unet.mid_block(half.hidden[:, 0], half.temb, encoder_hidden_states=half.embeds)
+        return self.named(which, kinds, torch.ones(batch))[0]
+
+    def asked(
+        self, which: torch.Tensor, given: Noised, generator: torch.Generator, dropout: float = 0.0, telling: bool = True
+    ) -> Asked:
+        """What the whole UNet answers; of frames without a caption nothing is told or asked but the noise."""
+        rng = random_of(generator)
         texts, kinds, speeds = told([self.frames[i][0] for i in which.tolist()], rng)
         said = torch.from_numpy(rng.random(len(texts)) >= dropout)
         texts = [text if say else "" for text, say in zip(texts, said.tolist(), strict=True)]
-        self.features.stand_ins.states = self.states[which] * said[:, None]
+        self.features.stand_ins.tell(self.states[which] * said[:, None] * telling, self.places[which])
         with fast_autocast():
-            embeds = self.pipe.text_encoder(tokens(self.pipe.tokenizer, texts)).last_hidden_state
-            predicted = self.pipe.unet(given.sample, given.timesteps, embeds).sample
+            predicted = self.pipe.unet(given.sample, given.timesteps, self.encoded(texts)).sample
         masks = self.features.masks.loss(self.masks[which], said)
-        scores = [(s[said], classes[said]) for pair in self.reader() for s, classes in zip(pair, (kinds, speeds), strict=True)]
+        scores = [(s[said], classes[said]) for pair in self.words() for s, classes in zip(pair, (kinds, speeds), strict=True)]
         reading = torch.stack([F.cross_entropy(s, everywhere(classes, s)) for s, classes in scores]).mean()
-        right = torch.stack([(s.argmax(1) == everywhere(classes, s)).float().mean() for s, classes in scores[::2]]).mean()
-        return denoising_loss(predicted, given), masks, reading, right
+        return Asked(denoising_loss(predicted, given), masks, reading, *self.named(which, kinds, said))
 
-    def loss(self, batch: int, generator: torch.Generator) -> torch.Tensor:
+    def drawing_loss(self, batch: int, generator: torch.Generator) -> torch.Tensor:
         which = torch.randint(TESTED, FRAMES, (batch,), generator=generator)
-        given = noised(drawn_latents(self.moments, which, self.pipe.vae, generator), self.pipe.scheduler, generator, LEVELS)
-        error, masks, reading, _ = self.errors(which, given, generator, CAPTION_DROPOUT)
-        return error + MASK_WEIGHT * masks + READING_WEIGHT * reading
+        asked = self.asked(which, self.given(which, generator), generator, CAPTION_DROPOUT)
+        beside = MASK_WEIGHT * asked.masks + READING_WEIGHT * asked.reading + NAMING_WEIGHT * asked.naming
+        return asked.noise + beside
 
     @torch.no_grad()
-    def tested(self) -> dict[str, tuple[float, float]]:
-        """Of untrained frames of turning objects, by timestep: the error of the noise, and the share of places that name the
-        kind of motion rightly.
+    def tested(self) -> dict[str, float]:
+        """Of untrained frames of turning objects, by timestep: the error of the noise, told and untold; and of those with two
+        objects, the share of places that say rightly whether their object moves, and that name its motion.
         """
-        which = torch.tensor([i for i in range(TESTED) if self.frames[i][0].motion.kind in TURNING])
+        turning = torch.tensor([clip.motion.kind in TURNING for clip, _ in self.frames[:TESTED]])
         figures = {}
         for timestep in TESTED_TIMESTEPS:
-            generator = torch.Generator().manual_seed(timestep)
-            latents = drawn_latents(self.moments, which, self.pipe.vae, generator)
-            noise = torch.randn(latents.shape, generator=generator)
-            timesteps = torch.full((len(which),), timestep)
-            given = Noised(self.pipe.scheduler.add_noise(latents, noise, timesteps), timesteps, noise, torch.ones(len(which)))
-            error, _, _, right = self.errors(which, given, generator, 0.0)
-            figures[str(timestep)] = (error.item(), right.item())
+            for name, these, telling in (
+                ("told", turning, True),
+                ("untold", turning, False),
+                ("of two", self.two[:TESTED], True),
+            ):
+                which, generator = these.nonzero()[:, 0], torch.Generator().manual_seed(timestep)
+                latents = drawn_latents(self.moments, which, self.pipe.vae, generator)
+                noise = torch.randn(latents.shape, generator=generator)
+                timesteps = torch.full((len(which),), timestep)
+                sample = self.pipe.scheduler.add_noise(latents, noise, timesteps)
+                asked = self.asked(which, Noised(sample, timesteps, noise, torch.ones(len(which))), generator, telling=telling)
+                if name == "of two":
+                    figures |= {f"who moves at {timestep}": asked.who.item(), f"motion at {timestep}": asked.kind.item()}
+                else:
+                    figures[f"error {name} at {timestep}"] = asked.noise.item()
         return figures
 
 
+def random_of(generator: torch.Generator) -> np.random.Generator:
+    """Numpy's random numbers, from torch's."""
+    return np.random.default_rng(torch.randint(2**62, (), generator=generator).item())
+
+
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--onto", type=Path, help="a domain adapter to begin from, safetensors")
+    args = parser.parse_args()
 
     processes = processes_here()
     keep_freed_memory()
     torch.manual_seed(0)
     pipe = load_pipeline()
     add_words(pipe.tokenizer, pipe.text_encoder, load_words())
-    lesson = Lesson(pipe)
+    lesson = Lesson(pipe, args.onto)
     before = lesson.tested()
+    share = BATCH // processes.num_processes
+    settings = {"onto": None if args.onto is None else fingerprint([args.onto])}
     train(
-        nn.ModuleList([lesson.adapter, lesson.features, lesson.reader]),
-        partial(lesson.loss, BATCH // processes.num_processes),
-        steps=STEPS,
+        nn.ModuleList([lesson.lower_adapter, lesson.objects]),
+        partial(lesson.naming_loss, share),
+        steps=NAMING_STEPS,
+        peak_learning_rate=LEARNING_RATE,
+        checkpoint=RUNS_DIR / "domain-adapter-naming.safetensors",
+        average_decay=0.99,
+        settings=settings,
+    )
+    if processes.is_main_process:
+        print(lesson.tested())
+    train(
+        nn.ModuleList([lesson.adapter, lesson.features, lesson.words, lesson.objects]),
+        partial(lesson.drawing_loss, share),
+        steps=DRAWING_STEPS,
         peak_learning_rate=LEARNING_RATE,
         checkpoint=RUNS_DIR / "domain-adapter.safetensors",
         average_decay=0.99,
+        settings=settings,
     )
     if not processes.is_main_process:
         return
-    figures = {}
-    for timestep, (error, right) in lesson.tested().items():
-        figures[f"error at {timestep}"] = f"{before[timestep][0]:.4f} -> {error:.4f}"
-        figures[f"motion named right at {timestep}"] = f"{right:.3f}"
+    figures = {name: f"{before[name]:.4f} -> {figure:.4f}" for name, figure in lesson.tested().items()}
     print(figures)
     state = {f"unet.{name}": p.detach().half() for name, p in get_peft_model_state_dict(pipe.unet).items()}
     write_safetensors(state, DOMAIN_FILE, figures)

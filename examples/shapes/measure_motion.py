@@ -1,6 +1,6 @@
-"""Measure the shapes model's motion modules; writes motion_adapter/MODEL_CARD.md. About half an hour on two cores.
+"""Measure the shapes model's motion modules; writes motion_adapter/MODEL_CARD.md. A quarter of an hour on two cores.
 
-python examples/shapes/measure_motion.py
+accelerate launch --config_file examples/accelerate/two_processes_cpu.yaml examples/shapes/measure_motion.py
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ import torch
 from agreement import motion_agreement, motion_and_scene_agreement
 from evaluate import in_fast_precision
 from tabulate import tabulate
-from video_model import captions_of, clip_noise, draw_clips, held_out_clips, load_video_pipeline
+from video_model import captions_of, held_out_clips, load_video_pipeline, teacher_clips, teacher_guidance
 
 from lora_training.cpu import fast_precision, keep_freed_memory
 
 from model import MOTION_DIR
 from moving import KINDS, NUM_FRAMES
 from scenes import MOST_TILT
+from training import processes_here
 
-STEPS, GUIDANCE_SCALE, NOISE = 25, 5.0, 1
+STEPS, NOISE = 25, 1
 BAR = 0.85
 
 
-def card(motion: dict[str, float], whole: float, judged: int) -> str:
+def card(motion: dict[str, float], whole: float, judged: int, guidance_scale: float) -> str:
     """MODEL_CARD.md: what the motion modules are, and the figures just measured."""
     megabytes = sum(path.stat().st_size for path in MOTION_DIR.glob("*.safetensors")) / 1e6
     rows = [[kind, f"{100 * share:.1f}%"] for kind, share in motion.items()]
@@ -41,9 +42,9 @@ Trained by `examples/shapes/domain_adapter.py` and `train_motion.py` on procedur
 
 Written by `examples/shapes/measure_motion.py`; every figure below was measured by it.
 
-{STEPS} DDIM steps, guidance {GUIDANCE_SCALE:g}, {judged} held-out prompts; in every second one a shape moves in a
-colour that it never had in training. The motion is measured by following the object, see `motion.py`. UNet in
-{fast_precision()}.
+{STEPS} DDIM steps, guidance {guidance_scale:g}, {judged} held-out prompts; in
+every second one a shape moves in a colour that it never had in training. The motion is measured by following the object, see
+`motion.py`. UNet in {fast_precision()}.
 
 {tabulate(rows, ["kind and speed right", "measured"], tablefmt="github", disable_numparse=True)}
 
@@ -65,8 +66,10 @@ def main() -> None:
     in_fast_precision(pipe.unet)
     told = held_out_clips(args.clips)
     texts = captions_of(told)
-    drawn = draw_clips(pipe, texts, clip_noise(len(texts), NOISE), STEPS, GUIDANCE_SCALE, progress="draw clips")
-    shown = drawn.float() / 127.5 - 1
+    guidance_scale = teacher_guidance()
+    shown = teacher_clips(pipe, "measured", texts, NOISE, STEPS, guidance_scale).float() / 127.5 - 1
+    if not processes_here().is_main_process:
+        return
     right = motion_agreement()(shown, texts)
     whole = motion_and_scene_agreement()(shown, texts).mean().item()
     by_kind = defaultdict(list)
@@ -74,7 +77,7 @@ def main() -> None:
         by_kind[clip.motion.kind].append(value)
     motion = {"all": right.mean().item()}
     motion |= {kind: torch.tensor(by_kind[kind]).mean().item() for kind in KINDS if kind in by_kind}
-    (MOTION_DIR / "MODEL_CARD.md").write_text(card(motion, whole, args.clips), encoding="utf-8")
+    (MOTION_DIR / "MODEL_CARD.md").write_text(card(motion, whole, args.clips, guidance_scale), encoding="utf-8")
     print("\n".join(f"{kind}: {share:.1%}" for kind, share in motion.items()), f"motion and scene: {whole:.1%}", sep="\n")
 
 

@@ -32,6 +32,7 @@ from lora_training.evaluation.generation import Pictures
 from lora_training.evaluation.report import plot
 from lora_training.evaluation.run import pictures_of
 from lora_training.files import write_text
+from pcm_scheduler.lora_file import read_settings
 
 from model import HERE
 
@@ -308,6 +309,17 @@ def video_aims(report: Row) -> str:
     return "\n".join(lines)
 
 
+def guidance_of(config: Row) -> str:
+    """With which guidance the methods of an evaluation draw, and its reference: stated, or recommended by an adapter's file."""
+    said = []
+    for method in (*config["methods"], config["reference"]["method"]):
+        scale = method["guidance_scale"]
+        if scale is None:
+            scale = read_settings(Path(method["adapter"])).guidance_scale
+        said.append(f"{method['name']} {scale:g}")
+    return ", ".join(said)
+
+
 def clips(path: Path) -> str:
     """The section on clips, of the report of their evaluation; says so if there is none."""
     if not path.is_file():
@@ -316,7 +328,8 @@ def clips(path: Path) -> str:
     drawn_in = precision(report["config"])
     return f"""{report["pictures"]} clips a figure from each of {len(report["seeds"])} noises, held-out prompts, the UNet in
 {drawn_in} for all. The motion is measured by following the object; distances and cosines are of single frames, flow is
-Farneback's. A clip that stands still has cosine 1 and flow 0.
+Farneback's. A clip that stands still has cosine 1 and flow 0. Guidance, each searched on other prompts:
+{guidance_of(report["config"])}.
 
 {video_table(report)}
 

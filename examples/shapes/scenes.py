@@ -59,7 +59,8 @@ TEXTURES = ("plain", "striped", "checkered", "dotted")
 TRAIN_SEED = 1  # autoencoder, denoiser, adapters
 CLASSIFIER_SEED, CLASSIFIER_TEST_SEED = 2, 102
 TEST_SEED, SEARCH_SEED = 103, 104  # what is measured, and what settings are chosen by
-MOTION_TRAIN_SEED, MOTION_TEST_SEED = 5, 105  # moving scenes: motion adapters, and what they are measured on
+# moving scenes: motion adapters, what they are measured on, and what settings are chosen by
+MOTION_TRAIN_SEED, MOTION_TEST_SEED, MOTION_SEARCH_SEED = 5, 105, 106
 
 # One colour of every shape is never drawn in training: the held-out combinations.
 HELD_OUT = frozenset((shape, tuple(COLOURS)[(3 * i + 1) % len(COLOURS)]) for i, shape in enumerate(SHAPES))

@@ -20,21 +20,31 @@ Two processes of one thread are twice as fast as one of two.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, MotionAdapter, StableDiffusionPipeline, UNet2DConditionModel, UNetMotionModel
+from diffusers import AutoencoderKL, MotionAdapter, StableDiffusionPipeline, UNetMotionModel
 from diffusers.models.embeddings import SinusoidalPositionalEmbedding
 from domain_adapter import DOMAIN_FILE, FEATURES_FILE
-from frame_features import FrameFeatures, StandIns, colour_masks, frame_states, motion_modules_of
+from frame_features import (
+    FrameFeatures,
+    StandIns,
+    colour_masks,
+    motion_modules_of,
+    own_places,
+    shares_of_places,
+    states_of,
+)  # fmt: skip
 from motion_words import OMIT, tokens
 from safetensors.torch import load_file
 from timm.optim import Muon, muon
 from torch import nn
 from tqdm import tqdm
+from unet_halves import Lower, layout, lower
 from video_model import load_image_pipeline
 
 from lora_training.cpu import fast_autocast, has_bfloat16, keep_freed_memory, use_plain_attention
@@ -43,14 +53,14 @@ from lora_training.frames import batch_as_frames
 import moving
 from denoising import CAPTION_DROPOUT, Layout, cached_moments, denoising_loss, drawn_latents, noised
 from model import MOTION_DIR, RUNS_DIR, build_motion_adapter, fingerprint
-from moving import NUM_FRAMES, sample_clip
+from moving import NUM_FRAMES, TURNING, sample_clip
 from scenes import MOTION_TRAIN_SEED
 from training import processes_here, train
 
 MASK_WEIGHT, STATE_WEIGHT = 5.0, 2.0  # of what modules are asked, beside the noise prediction
 # AdamW needs over half as many steps again; what is no matrix has it, at a tenth of the learning rate
 MUON = partial(Muon, adjust_lr_fn="original", nesterov=True, weight_decay=0.1, betas=(0.9, 0.99), fallback_lr_scale=0.1)
-PAIR_WEIGHT = 3.0  # how much more often clips with two objects are shown, which are a quarter of all and the hardest
+PAIR_WEIGHT, TURN_WEIGHT = 3.0, 2.0  # how much more often clips with two objects, and turning ones, are shown: the hardest
 NOISY, ALL = Layout(nothing=0.5, noisy=0.5, least=700), Layout()  # layout is decided where it is noisy
 FORMS = Layout(nothing=0.1, noisy=0.6, least=300)  # forms are decided later than places
 
@@ -129,89 +139,25 @@ class Said(nn.Module):
     def _see(self, number: int, _layer: nn.Module, _given: object, output: torch.Tensor) -> None:
         self.seen[number] = output  # (N h w, F, C)
 
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
+    def forward(self, states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """Mean squared error at every place of the modules that were called, as a share of what there is to say: (N, F).
 
         What modules add beside, at right angles to all that stand-ins say, is free.
 
         Args:
             states: (N, F, STATE).
+            places: the own ones of the objects that they are of, (N, F, COARSE, COARSE); elsewhere there is nothing to say.
         """
         losses = []
         for number, added in self.seen.items():
             aim = (states @ self.maps[number].T) @ self.spans[number]
-            said = added.float() @ self.spans[number]
-            errors = (said.unflatten(0, (len(states), -1)) - aim[:, None]).square().sum(-1).mean(1)
+            said = (added.float() @ self.spans[number]).unflatten(0, (len(states), -1))  # (N, h w, F, STATE)
+            side = math.isqrt(said.shape[1])
+            shares = shares_of_places(places.flatten(0, 1), (side, side)).unflatten(0, places.shape[:2])
+            errors = (said - aim[:, None] * shares.flatten(2).transpose(1, 2)[..., None]).square().sum(-1).mean(1)
             losses.append(errors / self.units[number])
         self.seen.clear()
         return torch.stack(losses).mean(0)
-
-
-# ---------------------------------------------------------------------------------------------- the two halves of the UNet
-
-
-@dataclass(frozen=True)
-class Lower:
-    """What the middle and the way up are given of N clips; fp16 where it is kept.
-
-    Attributes:
-        hidden: what comes out of the way down, (N, F, C, h, w).
-        temb: embedding of the timestep, (N, C).
-        embeds: of the text, (N, L, C).
-        residuals: along the way down, each (N, F, C, h, w); without those of the first block, whose resolution only the
-            last block of the way up has, which `layout` leaves out.
-    """
-
-    hidden: torch.Tensor
-    temb: torch.Tensor
-    embeds: torch.Tensor
-    residuals: tuple[torch.Tensor, ...]
-
-    def map(self, of_clips, of_frames) -> Lower:
-        """Another, of what functions make of the parts that frames share, and of those that each has of its own."""
-        own = (of_frames(part) for part in self.residuals)
-        return Lower(of_frames(self.hidden), of_clips(self.temb), of_clips(self.embeds), tuple(own))
-
-
-@torch.no_grad()
-def lower(unet: UNet2DConditionModel, sample: torch.Tensor, timesteps: torch.Tensor, embeds: torch.Tensor) -> Lower:
-    """The way down, which knows of no motion.
-
-    Args:
-        unet: of pictures.
-        sample: (N, 4, F, 16, 16).
-        timesteps: (N,).
-        embeds: (N, L, C).
-    """
-    count, frames = sample.shape[0], sample.shape[2]
-    temb = unet.time_embedding(unet.time_proj(timesteps).to(sample.dtype))
-    each_temb, each_text = (part.repeat_interleave(frames, 0) for part in (temb, embeds))
-    hidden = unet.conv_in(sample.transpose(1, 2).flatten(0, 1))
-    kept = []
-    for block in unet.down_blocks:
-        text = {"encoder_hidden_states": each_text} if getattr(block, "has_cross_attention", False) else {}
-        hidden, residuals = block(hidden, each_temb, **text)
-        kept.extend(residuals)
-    smaller = [part for part in kept if part.shape[-1] < sample.shape[-1]]
-    own = [part.unflatten(0, (count, frames)) for part in (hidden, *smaller)]
-    return Lower(own[0], temb, embeds, tuple(own[1:]))
-
-
-def layout(unet: UNetMotionModel, given: Lower) -> None:
-    """The middle and the way up but for its last block, for those that see features there.
-
-    Args:
-        unet: of clips.
-        given: of frames that `FramePositions` knows, in fp32.
-    """
-    frames = given.hidden.shape[1]
-    each = given.map(lambda part: part.repeat_interleave(frames, 0), lambda part: part.flatten(0, 1))
-    text = {"encoder_hidden_states": each.embeds}
-    hidden, residuals = unet.mid_block(each.hidden, each.temb, num_frames=frames, **text), each.residuals
-    for block in unet.up_blocks[:-1]:
-        own, residuals = residuals[-len(block.resnets) :], residuals[: -len(block.resnets)]
-        of_text = text if getattr(block, "has_cross_attention", False) else {}
-        hidden = block(hidden, temb=each.temb, res_hidden_states_tuple=own, num_frames=frames, **of_text)
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -250,10 +196,15 @@ class Lesson:
         self.positions = FramePositions(self.unet)
         self.moments = clip_moments(pipe.vae, CLIPS)
         self.clips = [sample_clip(MOTION_TRAIN_SEED, i) for i in range(CLIPS)]
-        self.states = frame_states(self.clips)
-        self.masks = torch.stack([colour_masks(moving.frames(clip)) for clip in self.clips])
+        scenes = [moving.frames(clip) for clip in self.clips]
+        self.masks = torch.stack([colour_masks(of_clip) for of_clip in scenes])
+        places = [own_places(s, clip.moving) for clip, of_clip in zip(self.clips, scenes, strict=True) for s in of_clip]
+        self.places = torch.stack(places).unflatten(0, (CLIPS, NUM_FRAMES))
+        self.states = torch.tensor([states_of(clip, of_clip) for clip, of_clip in zip(self.clips, scenes, strict=True)])
         self.said = Said(self.modules, self.features.stand_ins, self.states)
-        self.weights = torch.tensor([PAIR_WEIGHT if len(clip.scene.objects) == 2 else 1.0 for clip in self.clips])
+        two = torch.tensor([len(clip.scene.objects) == 2 for clip in self.clips])
+        turning = torch.tensor([clip.motion.kind in TURNING for clip in self.clips])
+        self.weights = torch.where(two, PAIR_WEIGHT, 1.0) * torch.where(turning, TURN_WEIGHT, 1.0)
         self.processes = processes_here()
 
     def drawn(self, among: torch.Tensor, batch: int, generator: torch.Generator) -> torch.Tensor:
@@ -271,11 +222,12 @@ class Lesson:
         with torch.no_grad():
             return self.pipe.text_encoder(ids).last_hidden_state
 
+    @torch.no_grad()
     def keep(self, batch: int = 8) -> tuple[torch.Tensor, Lower]:
         """What the way down makes of all clips, as noisy as where layout is decided.
 
         Returns:
-            The numbers of the clips that this process keeps, which are its share, and what it keeps of them.
+            The numbers of the clips that this process keeps, which are its share, and what it keeps of them, in fp16.
         """
         parts: list[Lower] = []
         own = torch.arange(self.processes.process_index, CLIPS, self.processes.num_processes)
@@ -283,9 +235,10 @@ class Lesson:
             first = int(which[0])
             generator, rng = torch.Generator().manual_seed(first), np.random.default_rng(first)
             given = noised(self.latents(which, torch.arange(NUM_FRAMES), generator), self.pipe.scheduler, generator, NOISY)
-            embeds = self.embeds([moving.caption(self.clips[i], rng, OMIT) for i in which.tolist()])
+            texts = [moving.caption(self.clips[i], rng, OMIT) for i in which.tolist()]
             with fast_autocast(self.device.type):
-                made = lower(self.pipe.unet, given.sample.to(self.device), given.timesteps.to(self.device), embeds)
+                sample, timesteps = given.sample.to(self.device), given.timesteps.to(self.device)
+                made = lower(self.pipe.unet, sample, timesteps, self.embeds(texts))
             parts.append(made.map(torch.Tensor.half, torch.Tensor.half))
         residuals = zip(*(part.residuals for part in parts), strict=True)
         shared = (torch.cat([getattr(part, name) for part in parts]) for name in ("hidden", "temb", "embeds"))
@@ -296,8 +249,9 @@ class Lesson:
         frames = self.positions.frames
         each = said.float().repeat_interleave(len(frames)).to(self.device)
         masks = self.masks[which][:, frames].flatten(0, 1).to(self.device)
-        states = self.states[which][:, frames].to(self.device) * said[:, None, None].to(self.device)
-        return self.features.masks.loss(masks, each), self.said(states).mean()
+        states = self.states[which][:, frames] * said[:, None, None]
+        places = self.places[which][:, frames].to(self.device)
+        return self.features.masks.loss(masks, each), self.said(states.to(self.device), places).mean()
 
     def layout_losses(
         self, kept: tuple[torch.Tensor, Lower], frames: int, batch: int, generator: torch.Generator

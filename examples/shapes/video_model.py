@@ -6,22 +6,31 @@ python examples/shapes/video_model.py outputs/shapes_video_model     # what `mod
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AnimateDiffPipeline, MotionAdapter, StableDiffusionPipeline
-from domain_adapter import load_domain_adapter
-from motion_words import add_words, load_words
+from domain_adapter import DOMAIN_FILE, load_domain_adapter
+from evaluate import TEACHER_GUIDANCE
+from motion_words import WORDS_FILE, add_words, load_words
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 from lora_training.randomness import generator_of
+from pcm_scheduler.lora_file import write_safetensors
 
 import moving
-from model import MOTION_DIR, load_pipeline
+from model import HERE, MODEL_DIR, MOTION_DIR, RUNS_DIR, fingerprint, load_pipeline
 from moving import NUM_FRAMES, Clip, sample_clip
 from scenes import IMAGE_SIZE, MOTION_TEST_SEED
+from training import processes_here
+
+ADAPTERS = {"PCM": HERE / "adapters" / "video_pcm_4phase.safetensors", "LCM": HERE / "adapters" / "video_lcm.safetensors"}
+GUIDANCE_FILE = MOTION_DIR / "guidance.json"
 
 
 def load_image_pipeline() -> StableDiffusionPipeline:
@@ -44,14 +53,27 @@ def load_video_pipeline() -> AnimateDiffPipeline:
     return AnimateDiffPipeline(**parts, motion_adapter=MotionAdapter.from_pretrained(MOTION_DIR).float())
 
 
-def held_out_clips(count: int) -> list[Clip]:
+def held_out_clips(count: int, seed: int = MOTION_TEST_SEED) -> list[Clip]:
     """Clips that nothing was trained on; in every second one a shape moves in a colour that it never had in training."""
-    return [sample_clip(MOTION_TEST_SEED, i, held_out=i % 2 == 0) for i in range(count)]
+    return [sample_clip(seed, i, held_out=i % 2 == 0) for i in range(count)]
 
 
 def captions_of(clips: Sequence[Clip]) -> list[str]:
     """Full captions in varied wordings."""
     return [moving.caption(clip, np.random.default_rng((MOTION_TEST_SEED, i))) for i, clip in enumerate(clips)]
+
+
+def clips_fingerprint() -> str:
+    """Changes when the weights do that draw clips."""
+    image = sorted(MODEL_DIR.rglob("*.safetensors"))
+    return fingerprint([*image, DOMAIN_FILE, WORDS_FILE, *sorted(MOTION_DIR.glob("*.safetensors"))])
+
+
+def teacher_guidance() -> float:
+    """At which most clips show what they were asked for, as `video_guidance.py` found it; before that, the one of pictures."""
+    if not GUIDANCE_FILE.exists():
+        return TEACHER_GUIDANCE
+    return json.loads(GUIDANCE_FILE.read_text(encoding="utf-8"))["rows"][0]["guidance_scale"]
 
 
 def clip_noise(count: int, seed: int) -> torch.Tensor:
@@ -101,6 +123,48 @@ def draw_clips(
         ).frames
         clips.append((frames * 255).round().byte())
     return torch.cat(clips)
+
+
+def shared_clips(name: str, prompts: Sequence[str], draw: Callable[[Sequence[int]], torch.Tensor]) -> torch.Tensor:
+    """Clips of all prompts, of which every process that `accelerate launch` started draws a share.
+
+    They are kept on disk, for they take minutes: what is asked for again is not drawn again.
+
+    Args:
+        name: says by what they are drawn; another name is drawn anew, and so are other prompts or weights.
+        prompts: N texts.
+        draw: of the prompts of some numbers, (n, F, 3, 128, 128).
+
+    Returns:
+        uint8 clips (N, F, 3, 128, 128).
+    """
+    processes = processes_here()
+    asked = hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:8]
+    folder = RUNS_DIR / "drawn" / clips_fingerprint() / f"{name}-{asked}"
+    shares = [range(part, len(prompts), processes.num_processes) for part in range(processes.num_processes)]
+    files = [folder / f"{part}of{processes.num_processes}.safetensors" for part in range(processes.num_processes)]
+    own = files[processes.process_index]
+    if not own.exists():
+        write_safetensors({"clips": draw(shares[processes.process_index])}, own)
+    processes.wait_for_everyone()
+    parts = [load_file(file)["clips"] for file in files]
+    clips = parts[0].new_empty(len(prompts), *parts[0].shape[1:])
+    for share, part in zip(shares, parts, strict=True):
+        clips[list(share)] = part
+    return clips
+
+
+def teacher_clips(
+    pipe: AnimateDiffPipeline, name: str, prompts: Sequence[str], noise: int, steps: int, guidance_scale: float
+) -> torch.Tensor:
+    """Those of the motion modules alone, from the noise of a seed, shared as in `shared_clips`."""
+    latents = clip_noise(len(prompts), noise)
+
+    def draw(numbers: Sequence[int]) -> torch.Tensor:
+        texts, own = [prompts[i] for i in numbers], latents[list(numbers)]
+        return draw_clips(pipe, texts, own, steps, guidance_scale, progress=f"{name}, guidance {guidance_scale:g}")
+
+    return shared_clips(f"{name}-{steps}steps-guidance{guidance_scale:g}-noise{noise}", prompts, draw)
 
 
 def main() -> None:

@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import video_model
 import yaml
 from diffusers import AnimateDiffPipeline, MotionAdapter
+from distil_video import CONFIGS
 from motion import measure_motion
 from safetensors import safe_open
-from video_model import clip_noise, draw_clips, load_video_pipeline, write_image_model
+from video_model import (
+    ADAPTERS,
+    GUIDANCE_FILE,
+    clip_noise,
+    clips_fingerprint,
+    draw_clips,
+    load_video_pipeline,
+    shared_clips,
+    teacher_guidance,
+    write_image_model,
+)
 from write_clips import write_folder
 
 from lora_training.loop import run
 from lora_training.train import parse
 from pcm_scheduler import PCMScheduler, load_pcm_lora
+from pcm_scheduler.lora_file import read_settings
 
 from model import HERE, MOTION_DIR
 from moving import NUM_FRAMES
 
-EXAMPLES, ADAPTERS = HERE.parent, HERE / "adapters"
-VIDEO_ADAPTERS = ("video_pcm_4phase", "video_lcm")
+EXAMPLES = HERE.parent
+VIDEO_ADAPTERS = tuple(file.stem for file in ADAPTERS.values())
+
+
+def read(file: Path) -> dict[str, Any]:
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +51,7 @@ def pipe() -> AnimateDiffPipeline:
 
 
 def test_what_ships_is_small_and_of_half_precision():
-    files = [*MOTION_DIR.glob("*.safetensors"), *(ADAPTERS / f"{name}.safetensors" for name in VIDEO_ADAPTERS)]
+    files = [*MOTION_DIR.glob("*.safetensors"), *ADAPTERS.values()]
     assert len(files) == 3
     for path in files:
         assert path.stat().st_size < 8e6
@@ -51,7 +70,7 @@ def test_motion_modules_have_animatediffs_layout():
 @pytest.mark.parametrize("name", VIDEO_ADAPTERS)
 def test_objects_go_where_the_words_say_in_four_steps(pipe, name):
     """Opposite words from the same noise: the object's way differs by more than the least way that training clips have."""
-    settings = load_pcm_lora(pipe, ADAPTERS / f"{name}.safetensors", adapter_name=name)
+    settings = load_pcm_lora(pipe, HERE / "adapters" / f"{name}.safetensors", adapter_name=name)
     assert isinstance(pipe.scheduler, PCMScheduler)
     assert settings.grid.num_phases == {"video_pcm_4phase": 4, "video_lcm": 1}[name]
     pipe.set_adapters(name)
@@ -90,8 +109,41 @@ def test_the_configuration_trains_on_clips(tmp_path, monkeypatch):
     assert load_pcm_lora(model, written).grid.num_phases == 4
 
 
+@pytest.mark.skipif(not GUIDANCE_FILE.exists(), reason="the guidance of the clips that ship was not searched")
+def test_guidance_was_searched_with_the_weights_that_ship_and_is_used():
+    """It trains the adapters and draws the clips of teacher and solvers; what adapters are drawn with is in their files."""
+    found = json.loads(GUIDANCE_FILE.read_text(encoding="utf-8"))
+    assert found["weights"] == clips_fingerprint()
+    assert found["rows"][0]["motion_and_scene"] == max(row["motion_and_scene"] for row in found["rows"])
+    for name, file in ADAPTERS.items():
+        table = json.loads(file.with_suffix(".search.json").read_text(encoding="utf-8"))
+        assert table["weights"] == clips_fingerprint()
+        settings = read_settings(file)
+        assert settings.guidance_scale == table["rows"][0]["guidance_scale"]
+        assert settings.training_guidance_scale == teacher_guidance()
+        assert read(CONFIGS[name])["objective"]["guidance_scale"] == teacher_guidance()
+    evaluation = read(EXAMPLES / "evaluation" / "shapes_video.yaml")
+    solvers = [method for method in evaluation["methods"] if "scheduler" in method]
+    assert {m["guidance_scale"] for m in (*solvers, evaluation["reference"]["method"])} == {teacher_guidance()}
+
+
+def test_clips_that_were_drawn_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(video_model, "RUNS_DIR", tmp_path)
+    asked = []
+
+    def draw(numbers):
+        asked.append(list(numbers))
+        return torch.tensor([[[[[number]]]] for number in numbers], dtype=torch.uint8)
+
+    for _ in range(2):
+        assert shared_clips("some", ["a", "b", "c"], draw).flatten().tolist() == [0, 1, 2]
+    shared_clips("some", ["a", "b"], draw)
+    shared_clips("others", ["a", "b", "c"], draw)
+    assert asked == [[0, 1, 2], [0, 1], [0, 1, 2]]
+
+
 def test_the_evaluation_names_files_that_ship():
-    path = EXAMPLES / "evaluation" / "shapes_video.yaml"
-    named = [method["adapter"] for method in yaml.safe_load(path.read_text(encoding="utf-8"))["methods"] if "adapter" in method]
+    methods = read(EXAMPLES / "evaluation" / "shapes_video.yaml")["methods"]
+    named = [method["adapter"] for method in methods if "adapter" in method]
     assert sorted(named) == sorted(f"examples/shapes/adapters/{name}.safetensors" for name in VIDEO_ADAPTERS)
     assert all((EXAMPLES.parent / name).is_file() for name in named)

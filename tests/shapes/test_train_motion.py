@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 from diffusers import UNetMotionModel
-from frame_features import STATE, FrameFeatures, StandIns, motion_modules_of
-from train_motion import FramePositions, Said, layout, lower, random_frames
+from frame_features import COARSE, STATE, FrameFeatures, StandIns, motion_modules_of
+from train_motion import FramePositions, Said, random_frames
+from unet_halves import layout, lower
 
 from model import MAX_TOKENS, TEXT_WIDTH, build_motion_adapter, load_pipeline
 from moving import NUM_FRAMES
@@ -39,14 +40,20 @@ def test_modules_that_add_what_stand_ins_would_have_said_all_there_is():
     stand_ins = StandIns(load_pipeline().unet)
     states = torch.randn(2, 4, STATE, generator=torch.Generator().manual_seed(0))
     said = Said(modules, stand_ins, states)
+    everywhere, nowhere, left = (torch.zeros(2, 4, COARSE, COARSE) for _ in range(3))
+    everywhere += 1
+    left[..., : COARSE // 2] = 1
 
-    def error(of_module):
-        """`of_module`: (N, F, C) that a module adds at all of its 6 places, from its stand-in's weights."""
+    def error(of_module, places=everywhere, of_places=None):
+        """`of_module`: (N, F, C) that a module adds at its 16 places, or at some of them, from its stand-in's weights."""
         for module, linear in zip(modules, stand_ins.maps, strict=True):
-            added = of_module(linear.weight)[:, None].expand(-1, 6, -1, -1).flatten(0, 1)  # (N h w, F, C)
+            added = of_module(linear.weight)[:, None].repeat(1, 16, 1, 1)  # (N, h w, F, C)
+            if of_places is not None:
+                added = added * of_places.view(1, 16, 1, 1)
+            added = added.flatten(0, 1)
             for hook in module.proj_out._forward_hooks.values():
                 hook(module.proj_out, (), added)
-        return said(states)
+        return said(states, places)
 
     def beside(weight):
         """At right angles to all that a stand-in says."""
@@ -58,6 +65,11 @@ def test_modules_that_add_what_stand_ins_would_have_said_all_there_is():
     assert error(lambda weight: states @ weight.T).max() < 1e-8
     assert error(beside).max() < 1e-8
     torch.testing.assert_close(error(lambda weight: 0.5 * states @ weight.T).mean(), torch.tensor(0.25))
+    # of the object's own places alone is there anything to say, and elsewhere it must not be said
+    own = torch.tensor([1.0, 1.0, 0.0, 0.0]).repeat(4)
+    assert error(lambda weight: states @ weight.T, left, own).max() < 1e-8
+    torch.testing.assert_close(error(lambda weight: states @ weight.T, left).mean(), torch.tensor(0.5))
+    torch.testing.assert_close(error(lambda weight: states @ weight.T, nowhere).mean(), torch.tensor(1.0))
 
 
 def test_random_frames_are_one_of_each_part():

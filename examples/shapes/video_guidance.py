@@ -1,0 +1,53 @@
+"""At which guidance do the motion modules draw most clips as asked? Writes motion_adapter/guidance.json in ten minutes.
+
+The image model draws its pictures best at guidance 5, which is too much for clips. What is asked for is that the motion and
+all else that the prompt names are right. The prompts are of a stream that nothing else is measured on.
+
+    accelerate launch --config_file examples/accelerate/two_processes_cpu.yaml examples/shapes/video_guidance.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from agreement import motion_agreement, motion_and_scene_agreement
+from evaluate import in_fast_precision
+from video_model import GUIDANCE_FILE, captions_of, clips_fingerprint, held_out_clips, load_video_pipeline, teacher_clips
+
+from lora_training.cpu import keep_freed_memory
+
+from scenes import MOTION_SEARCH_SEED
+from training import processes_here
+
+GUIDANCE_SCALES = (1.5, 2.0, 3.0, 5.0)
+STEPS, NOISE = 25, 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clips", type=int, default=96)
+    args = parser.parse_args()
+
+    keep_freed_memory()
+    processes = processes_here()
+    pipe = load_video_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    in_fast_precision(pipe.unet)
+    texts = captions_of(held_out_clips(args.clips, MOTION_SEARCH_SEED))
+    rows = []
+    for guidance_scale in GUIDANCE_SCALES:
+        shown = teacher_clips(pipe, "search", texts, NOISE, STEPS, guidance_scale).float() / 127.5 - 1
+        judges = {"motion": motion_agreement(), "motion_and_scene": motion_and_scene_agreement()}
+        right = {name: round(judge(shown, texts).mean().item(), 4) for name, judge in judges.items()}
+        rows.append({"guidance_scale": guidance_scale} | right)
+        if processes.is_main_process:
+            print(rows[-1], flush=True)
+    rows.sort(key=lambda row: (-row["motion_and_scene"], row["guidance_scale"]))
+    if processes.is_main_process:
+        found = {"weights": clips_fingerprint(), "clips": args.clips, "steps": STEPS, "rows": rows}
+        GUIDANCE_FILE.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
