@@ -71,11 +71,16 @@ def drawn_latents(
     return (mean + std * torch.randn(mean.shape, generator=generator)) * vae.config.scaling_factor
 
 
+def random_of(generator: torch.Generator) -> np.random.Generator:
+    """Numpy's random numbers, from torch's."""
+    return np.random.default_rng(torch.randint(2**62, (), generator=generator).item())
+
+
 def random_tokens(
     tokenizer: CLIPTokenizer, scenes: Sequence[Scene], generator: torch.Generator, dropout: float
 ) -> tuple[torch.Tensor, list[bool]]:
     """Captions in random wordings, (N, tokens), and which of them were dropped."""
-    rng = np.random.default_rng(torch.randint(2**62, (), generator=generator).item())
+    rng = random_of(generator)
     dropped = (rng.random(len(scenes)) < dropout).tolist()
     texts = ["" if drop else caption(scene, rng, OMIT) for scene, drop in zip(scenes, dropped, strict=True)]
     padded = tokenizer(texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True)

@@ -15,17 +15,18 @@ import json
 from pathlib import Path
 
 import torch
-from agreement import motion_agreement, motion_and_scene_agreement
-from distil import publish
+from distil import overridden, publish
 from evaluate import in_fast_precision
 from video_model import (
     ADAPTERS,
+    best_first,
     captions_of,
     clip_noise,
     clips_fingerprint,
     draw_clips,
     held_out_clips,
     load_video_pipeline,
+    shares_right,
     write_image_model,
 )
 from write_clips import write_folder
@@ -52,7 +53,7 @@ def prepared(name: str) -> TrainConfig:
         write_image_model(model)
     write_folder(clips, CLIPS)
     told = {"model.path": model, "data.path": clips, "data.cache": cache, "output": folder / f"{name}.safetensors"}
-    return parse(["--config", str(CONFIGS[name]), *(part for key, value in told.items() for part in (f"--{key}", str(value)))])
+    return overridden(CONFIGS[name], told)
 
 
 @torch.no_grad()
@@ -68,11 +69,9 @@ def search(path: Path, count: int) -> list[dict[str, float]]:
     for guidance_scale in GUIDANCE_SCALES:
         name = f"{path.stem}, guidance {guidance_scale:g}"
         shown = draw_clips(pipe, texts, latents, STEPS, guidance_scale, settings.eta, progress=name).float() / 127.5 - 1
-        judges = {"motion": motion_agreement(), "motion_and_scene": motion_and_scene_agreement()}
-        right = {judge: round(share(shown, texts).mean().item(), 4) for judge, share in judges.items()}
-        rows.append({"guidance_scale": guidance_scale} | right)
+        rows.append({"guidance_scale": guidance_scale} | shares_right(shown, texts))
         print(path.stem, rows[-1], flush=True)
-    return sorted(rows, key=lambda row: (-row["motion_and_scene"], row["guidance_scale"]))
+    return sorted(rows, key=best_first)
 
 
 def main() -> None:

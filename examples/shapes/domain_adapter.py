@@ -28,7 +28,6 @@ from itertools import count, product
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from frame_features import FrameFeatures, ObjectReader, before_motion, colour_masks, own_places, states_of
@@ -45,7 +44,7 @@ from lora_training.cpu import fast_autocast, keep_freed_memory, use_plain_attent
 from pcm_scheduler.lora_file import write_safetensors
 
 import moving
-from denoising import CAPTION_DROPOUT, Layout, Noised, cached_moments, denoising_loss, drawn_latents, noised
+from denoising import CAPTION_DROPOUT, Layout, Noised, cached_moments, denoising_loss, drawn_latents, noised, random_of
 from model import HERE, RUNS_DIR, fingerprint, load_pipeline
 from moving import NUM_FRAMES, TURNING, Clip, sample_clip
 from scenes import COLOURS, MOTION_TRAIN_SEED, render
@@ -196,11 +195,6 @@ class Lesson:
                 else:
                     figures[f"error {name} at {timestep}"] = asked.noise.item()
         return figures
-
-
-def random_of(generator: torch.Generator) -> np.random.Generator:
-    """Numpy's random numbers, from torch's."""
-    return np.random.default_rng(torch.randint(2**62, (), generator=generator).item())
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ from lora_training.cpu import fast_autocast, keep_freed_memory, use_plain_attent
 from pcm_scheduler.lora_file import write_safetensors
 
 import moving
-from denoising import Layout, cached_moments, drawn_latents, noised
+from denoising import Layout, cached_moments, drawn_latents, noised, random_of
 from model import HERE, RUNS_DIR, load_pipeline
 from moving import KINDS, SPEEDS, Clip, sample_clip
 from scenes import MOTION_TRAIN_SEED, render
@@ -177,7 +177,7 @@ def main() -> None:
 
     def measured(which: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
         """How badly places name the motion, what the words change in units of what captions do, the share named right."""
-        rng = np.random.default_rng(torch.randint(2**62, (), generator=generator).item())
+        rng = random_of(generator)
         texts, kinds, speeds = told([clips[i] for i in which.tolist()], rng)
         given = noised(drawn_latents(moments, which, vae, generator), scheduler, generator, Layout())
         with torch.no_grad(), fast_autocast():

@@ -328,7 +328,7 @@ def clips(path: Path) -> str:
     drawn_in = precision(report["config"])
     return f"""{report["pictures"]} clips a figure from each of {len(report["seeds"])} noises, held-out prompts, the UNet in
 {drawn_in} for all. The motion is measured by following the object; distances and cosines are of single frames, flow is
-Farneback's. A clip that stands still has cosine 1 and flow 0. Guidance, each searched on other prompts:
+Farneback's. A clip that stands still has cosine 1 and flow 0. Guidance:
 {guidance_of(report["config"])}.
 
 {video_table(report)}

@@ -38,7 +38,7 @@ from frame_features import (
     own_places,
     shares_of_places,
     states_of,
-)  # fmt: skip
+)
 from motion_words import OMIT, tokens
 from safetensors.torch import load_file
 from timm.optim import Muon, muon
@@ -51,7 +51,7 @@ from lora_training.cpu import fast_autocast, has_bfloat16, keep_freed_memory, us
 from lora_training.frames import batch_as_frames
 
 import moving
-from denoising import CAPTION_DROPOUT, Layout, cached_moments, denoising_loss, drawn_latents, noised
+from denoising import CAPTION_DROPOUT, Layout, cached_moments, denoising_loss, drawn_latents, noised, random_of
 from model import MOTION_DIR, RUNS_DIR, build_motion_adapter, fingerprint
 from moving import NUM_FRAMES, TURNING, sample_clip
 from scenes import MOTION_TRAIN_SEED
@@ -272,7 +272,7 @@ class Lesson:
         self.positions.frames = random_frames(stage.frames, generator)
         given = noised(self.latents(which, self.positions.frames, generator), self.pipe.scheduler, generator, stage.levels)
         given = type(given)(*(part.to(self.device) for part in given))
-        rng = np.random.default_rng(torch.randint(2**62, (), generator=generator).item())
+        rng = random_of(generator)
         clips = [self.clips[i] for i in which.tolist()]
         texts = ["" if rng.random() < CAPTION_DROPOUT else moving.caption(clip, rng, OMIT) for clip in clips]
         embeds = self.embeds(texts).repeat_interleave(stage.frames, 0)

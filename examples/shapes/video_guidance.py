@@ -11,9 +11,17 @@ from __future__ import annotations
 import argparse
 import json
 
-from agreement import motion_agreement, motion_and_scene_agreement
 from evaluate import in_fast_precision
-from video_model import GUIDANCE_FILE, captions_of, clips_fingerprint, held_out_clips, load_video_pipeline, teacher_clips
+from video_model import (
+    GUIDANCE_FILE,
+    best_first,
+    captions_of,
+    clips_fingerprint,
+    held_out_clips,
+    load_video_pipeline,
+    shares_right,
+    teacher_clips,
+)
 
 from lora_training.cpu import keep_freed_memory
 
@@ -38,12 +46,10 @@ def main() -> None:
     rows = []
     for guidance_scale in GUIDANCE_SCALES:
         shown = teacher_clips(pipe, "search", texts, NOISE, STEPS, guidance_scale).float() / 127.5 - 1
-        judges = {"motion": motion_agreement(), "motion_and_scene": motion_and_scene_agreement()}
-        right = {name: round(judge(shown, texts).mean().item(), 4) for name, judge in judges.items()}
-        rows.append({"guidance_scale": guidance_scale} | right)
+        rows.append({"guidance_scale": guidance_scale} | shares_right(shown, texts))
         if processes.is_main_process:
             print(rows[-1], flush=True)
-    rows.sort(key=lambda row: (-row["motion_and_scene"], row["guidance_scale"]))
+    rows.sort(key=best_first)
     if processes.is_main_process:
         found = {"weights": clips_fingerprint(), "clips": args.clips, "steps": STEPS, "rows": rows}
         GUIDANCE_FILE.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

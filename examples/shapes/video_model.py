@@ -8,11 +8,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from agreement import motion_agreement, motion_and_scene_agreement
 from diffusers import AnimateDiffPipeline, MotionAdapter, StableDiffusionPipeline
 from domain_adapter import DOMAIN_FILE, load_domain_adapter
 from evaluate import TEACHER_GUIDANCE
@@ -74,6 +75,17 @@ def teacher_guidance() -> float:
     if not GUIDANCE_FILE.exists():
         return TEACHER_GUIDANCE
     return json.loads(GUIDANCE_FILE.read_text(encoding="utf-8"))["rows"][0]["guidance_scale"]
+
+
+def shares_right(shown: torch.Tensor, prompts: Sequence[str]) -> dict[str, float]:
+    """Of clips (N, F, 3, 128, 128) in [-1, 1]: how many move as told, and how many show all that their prompts name."""
+    judges = {"motion": motion_agreement(), "motion_and_scene": motion_and_scene_agreement()}
+    return {name: round(judge(shown, prompts).mean().item(), 4) for name, judge in judges.items()}
+
+
+def best_first(row: Mapping[str, float]) -> tuple[float, float]:
+    """By what rows of a search of guidance are sorted: most right, and of these the least guidance."""
+    return -row["motion_and_scene"], row["guidance_scale"]
 
 
 def clip_noise(count: int, seed: int) -> torch.Tensor:
