@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 from agreement import embedding_features, motion_agreement, motion_and_scene_agreement
-from evaluate import Method, in_fast_precision
+from evaluate import Method
 from pictures import contact_sheet
 from PIL.Image import Image
 from tabulate import tabulate
-from video_model import ADAPTERS, captions_of, clip_noise, draw_clips, held_out_clips, load_video_pipeline, teacher_guidance
+from video_model import ADAPTERS, captions_of, clip_noise, draw_clips, held_out_clips, load_fast_pipeline, teacher_guidance
 from write_clips import FRAMES_PER_SECOND
 
 from lora_training.cpu import keep_freed_memory
@@ -42,9 +42,7 @@ def main() -> None:
     args = parser.parse_args()
 
     keep_freed_memory()
-    pipe = load_video_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    in_fast_precision(pipe.unet)
+    pipe = load_fast_pipeline()
     methods, schedulers = {"teacher": Method("teacher", teacher_guidance())}, {"teacher": build_scheduler()}
     for name, path in ADAPTERS.items():
         settings = load_pcm_lora(pipe, path, adapter_name=name)

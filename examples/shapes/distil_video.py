@@ -1,8 +1,8 @@
 """Distil the adapters for clips that ship, PCM and its rival LCM, under the same conditions.
 
 Clips, rank, updates, batch and the teacher's guidance are the same; the guidance that each is sampled with is searched in the
-same way, in 4 steps: which one shows most clips as asked, motion and scene. The table is kept beside the adapter. Half an hour
-on two cores, with one `--only` on each.
+same way, in 4 steps: which one shows most clips as asked, motion and scene. The table is kept beside the adapter. An hour on
+two cores; of two processes with one `--only` each, both would encode the clips.
 
     python examples/shapes/distil_video.py
 """
@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from distil import overridden, publish
-from evaluate import in_fast_precision
 from video_model import (
     ADAPTERS,
     best_first,
@@ -25,7 +24,7 @@ from video_model import (
     clips_fingerprint,
     draw_clips,
     held_out_clips,
-    load_video_pipeline,
+    load_fast_pipeline,
     shares_right,
     write_image_model,
 )
@@ -46,8 +45,8 @@ CLIPS, STEPS, NOISE = 1024, 4, 3
 
 
 def prepared(name: str) -> TrainConfig:
-    """The configuration of an adapter; its model and clips are written for these weights, unless they are there."""
-    folder = RUNS_DIR / "search" / clips_fingerprint() / name
+    """The configuration of an adapter; model and clips are written for these weights, unless they are there."""
+    folder = RUNS_DIR / "search" / clips_fingerprint()
     model, clips, cache = folder / "model", folder / "clips", folder / "cache"
     if not (model / "model_index.json").is_file():
         write_image_model(model)
@@ -59,9 +58,7 @@ def prepared(name: str) -> TrainConfig:
 @torch.no_grad()
 def search(path: Path, count: int) -> list[dict[str, float]]:
     """A trained file at each guidance; the best row first."""
-    pipe = load_video_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    in_fast_precision(pipe.unet)
+    pipe = load_fast_pipeline()
     settings = load_pcm_lora(pipe, path)
     texts = captions_of(held_out_clips(count, MOTION_SEARCH_SEED))
     latents = clip_noise(count, NOISE)

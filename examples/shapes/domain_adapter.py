@@ -16,8 +16,8 @@ It is learned in two parts:
 
     accelerate launch --config_file examples/accelerate/two_processes_cpu.yaml examples/shapes/domain_adapter.py
 
-What ships was made by an earlier form of this script: without naming, and told at every place of a frame. With `--onto` a
-training begins from it.
+What ships began, with `--onto`, from an adapter that an earlier form of this script had made: without naming, and told at every
+place of a frame.
 """
 
 from __future__ import annotations
@@ -53,8 +53,11 @@ from training import processes_here, train
 DOMAIN_FILE = HERE / "domain_adapter.safetensors"
 FEATURES_FILE = RUNS_DIR / "frame-features.safetensors"  # stand-ins and heads: of use to nothing but `train_motion.py`
 RANK = 64
-NAMING_STEPS, DRAWING_STEPS, LEARNING_RATE, BATCH = 1600, 1600, 2e-3, 64
-LEVELS = Layout(nothing=0.1, noisy=0.6, least=300)  # what is drawn where, and how it is turned, is decided where it is noisy
+NAMING_STEPS, DRAWING_STEPS, LEARNING_RATE, BATCH = 1600, 2000, 2e-3, 64
+LEVELS = Layout(nothing=0.1, noisy=0.35, least=300)  # what is drawn where, and how it is turned, is decided where it is noisy
+SEEN = (
+    500  # at timesteps below, what is to be drawn is seen: every other frame there is told nothing, and is learned all the same
+)
 MASK_WEIGHT, READING_WEIGHT, NAMING_WEIGHT = 0.5, 0.02, 0.1  # beside the error of the noise, some tenths
 FRAMES, TESTED = 16384, 256  # the first of them are not trained on
 TESTED_TIMESTEPS = (200, 400, 600, 800)
@@ -150,14 +153,22 @@ class Lesson:
         return self.named(which, kinds, torch.ones(batch))[0]
 
     def asked(
-        self, which: torch.Tensor, given: Noised, generator: torch.Generator, dropout: float = 0.0, telling: bool = True
+        self, which: torch.Tensor, given: Noised, generator: torch.Generator, telling: torch.Tensor, dropout: float = 0.0
     ) -> Asked:
-        """What the whole UNet answers; of frames without a caption nothing is told or asked but the noise."""
+        """What the whole UNet answers; of frames without a caption nothing is told or asked but the noise.
+
+        Args:
+            which: frames.
+            given: of them.
+            generator: of captions.
+            telling: whether a frame is told what motion has made of it, (N,).
+            dropout: share of frames without a caption.
+        """
         rng = random_of(generator)
         texts, kinds, speeds = told([self.frames[i][0] for i in which.tolist()], rng)
         said = torch.from_numpy(rng.random(len(texts)) >= dropout)
         texts = [text if say else "" for text, say in zip(texts, said.tolist(), strict=True)]
-        self.features.stand_ins.tell(self.states[which] * said[:, None] * telling, self.places[which])
+        self.features.stand_ins.tell(self.states[which] * (said & telling)[:, None], self.places[which])
         with fast_autocast():
             predicted = self.pipe.unet(given.sample, given.timesteps, self.encoded(texts)).sample
         masks = self.features.masks.loss(self.masks[which], said)
@@ -167,7 +178,9 @@ class Lesson:
 
     def drawing_loss(self, batch: int, generator: torch.Generator) -> torch.Tensor:
         which = torch.randint(TESTED, FRAMES, (batch,), generator=generator)
-        asked = self.asked(which, self.given(which, generator), generator, CAPTION_DROPOUT)
+        given = self.given(which, generator)
+        telling = (given.timesteps >= SEEN) | (torch.rand(batch, generator=generator) < 0.5)
+        asked = self.asked(which, given, generator, telling, CAPTION_DROPOUT)
         beside = MASK_WEIGHT * asked.masks + READING_WEIGHT * asked.reading + NAMING_WEIGHT * asked.naming
         return asked.noise + beside
 
@@ -189,7 +202,8 @@ class Lesson:
                 noise = torch.randn(latents.shape, generator=generator)
                 timesteps = torch.full((len(which),), timestep)
                 sample = self.pipe.scheduler.add_noise(latents, noise, timesteps)
-                asked = self.asked(which, Noised(sample, timesteps, noise, torch.ones(len(which))), generator, telling=telling)
+                given = Noised(sample, timesteps, noise, torch.ones(len(which)))
+                asked = self.asked(which, given, generator, torch.full((len(which),), telling))
                 if name == "of two":
                     figures |= {f"who moves at {timestep}": asked.who.item(), f"motion at {timestep}": asked.kind.item()}
                 else:

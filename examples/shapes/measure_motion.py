@@ -11,9 +11,8 @@ from collections import defaultdict
 
 import torch
 from agreement import motion_agreement, motion_and_scene_agreement
-from evaluate import in_fast_precision
 from tabulate import tabulate
-from video_model import captions_of, held_out_clips, load_video_pipeline, teacher_clips, teacher_guidance
+from video_model import captions_of, held_out_clips, load_fast_pipeline, teacher_clips, teacher_guidance
 
 from lora_training.cpu import fast_precision, keep_freed_memory
 
@@ -61,9 +60,7 @@ def main() -> None:
     args = parser.parse_args()
 
     keep_freed_memory()
-    pipe = load_video_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    in_fast_precision(pipe.unet)
+    pipe = load_fast_pipeline()
     told = held_out_clips(args.clips)
     texts = captions_of(told)
     guidance_scale = teacher_guidance()

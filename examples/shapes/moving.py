@@ -52,6 +52,7 @@ KINDS = {
     "still": Kind("", (), ("standing still", "resting")),
 }
 TURNING = ("clockwise", "counterclockwise")
+RESIZING = ("growing", "shrinking")
 _DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 
@@ -92,7 +93,7 @@ def moved(obj: Object, motion: Motion, time: float) -> Object:
     if motion.kind in TURNING:
         sense = 1 if motion.kind == "clockwise" else -1  # y points down
         return replace(obj, angle=obj.angle + sense * motion.amount * since)
-    if motion.kind in ("growing", "shrinking"):
+    if motion.kind in RESIZING:
         sense = 1 if motion.kind == "growing" else -1
         return replace(obj, scale=obj.scale * motion.amount ** (sense * since))
     if motion.kind == "bouncing":

@@ -1,4 +1,4 @@
-"""Train AnimateDiff's motion modules for the shapes UNet, whose own weights stay: hours on two cores with bfloat16.
+"""Train AnimateDiff's motion modules for the shapes UNet, whose own weights stay: most of an hour on two cores with bfloat16.
 
 What a frame must look like depends on the words of motion and on the frame's position together, and neither is worth anything
 alone. From the noise prediction by itself the modules learn that product in thousands of steps, if at all. So they are asked
@@ -53,14 +53,14 @@ from lora_training.frames import batch_as_frames
 import moving
 from denoising import CAPTION_DROPOUT, Layout, cached_moments, denoising_loss, drawn_latents, noised, random_of
 from model import MOTION_DIR, RUNS_DIR, build_motion_adapter, fingerprint
-from moving import NUM_FRAMES, TURNING, sample_clip
+from moving import NUM_FRAMES, RESIZING, TURNING, sample_clip
 from scenes import MOTION_TRAIN_SEED
 from training import processes_here, train
 
 MASK_WEIGHT, STATE_WEIGHT = 5.0, 2.0  # of what modules are asked, beside the noise prediction
 # AdamW needs over half as many steps again; what is no matrix has it, at a tenth of the learning rate
 MUON = partial(Muon, adjust_lr_fn="original", nesterov=True, weight_decay=0.1, betas=(0.9, 0.99), fallback_lr_scale=0.1)
-PAIR_WEIGHT, TURN_WEIGHT = 3.0, 2.0  # how much more often clips with two objects, and turning ones, are shown: the hardest
+PAIR_WEIGHT, FORM_WEIGHT = 3.0, 2.0  # how much more often clips of two objects, and of changing forms, are shown: the hardest
 NOISY, ALL = Layout(nothing=0.5, noisy=0.5, least=700), Layout()  # layout is decided where it is noisy
 FORMS = Layout(nothing=0.1, noisy=0.6, least=300)  # forms are decided later than places
 
@@ -84,6 +84,7 @@ LAYOUT = (
 PICTURES = (
     Stage("pictures", steps=800, learning_rate=5e-3, frames=4, batch=16),
     Stage("forms", steps=1900, learning_rate=5e-3, frames=8, batch=8, levels=FORMS),
+    Stage("forms-again", steps=900, learning_rate=3e-3, frames=8, batch=8, levels=FORMS),
     Stage("all-frames", steps=200, learning_rate=2e-3, frames=NUM_FRAMES, batch=4, levels=FORMS),
 )
 CLIPS = 2048  # different ones
@@ -203,8 +204,8 @@ class Lesson:
         self.states = torch.tensor([states_of(clip, of_clip) for clip, of_clip in zip(self.clips, scenes, strict=True)])
         self.said = Said(self.modules, self.features.stand_ins, self.states)
         two = torch.tensor([len(clip.scene.objects) == 2 for clip in self.clips])
-        turning = torch.tensor([clip.motion.kind in TURNING for clip in self.clips])
-        self.weights = torch.where(two, PAIR_WEIGHT, 1.0) * torch.where(turning, TURN_WEIGHT, 1.0)
+        changing = torch.tensor([clip.motion.kind in (*TURNING, *RESIZING) for clip in self.clips])
+        self.weights = torch.where(two, PAIR_WEIGHT, 1.0) * torch.where(changing, FORM_WEIGHT, 1.0)
         self.processes = processes_here()
 
     def drawn(self, among: torch.Tensor, batch: int, generator: torch.Generator) -> torch.Tensor:

@@ -109,7 +109,6 @@ def test_the_configuration_trains_on_clips(tmp_path, monkeypatch):
     assert load_pcm_lora(model, written).grid.num_phases == 4
 
 
-@pytest.mark.skipif(not GUIDANCE_FILE.exists(), reason="the guidance of the clips that ship was not searched")
 def test_guidance_was_searched_with_the_weights_that_ship_and_is_used():
     """It trains the adapters and draws the clips of teacher and solvers; what adapters are drawn with is in their files."""
     found = json.loads(GUIDANCE_FILE.read_text(encoding="utf-8"))
