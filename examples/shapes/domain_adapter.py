@@ -55,9 +55,7 @@ FEATURES_FILE = RUNS_DIR / "frame-features.safetensors"  # stand-ins and heads: 
 RANK = 64
 NAMING_STEPS, DRAWING_STEPS, LEARNING_RATE, BATCH = 1600, 2000, 2e-3, 64
 LEVELS = Layout(nothing=0.1, noisy=0.35, least=300)  # what is drawn where, and how it is turned, is decided where it is noisy
-SEEN = (
-    500  # at timesteps below, what is to be drawn is seen: every other frame there is told nothing, and is learned all the same
-)
+SEEN = 500  # at timesteps below, frames are seen for what they are: half of them are told nothing, and learned all the same
 MASK_WEIGHT, READING_WEIGHT, NAMING_WEIGHT = 0.5, 0.02, 0.1  # beside the error of the noise, some tenths
 FRAMES, TESTED = 16384, 256  # the first of them are not trained on
 TESTED_TIMESTEPS = (200, 400, 600, 800)

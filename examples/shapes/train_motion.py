@@ -12,7 +12,8 @@ where they change nothing; what the middle and the way up are given is then the 
     1. layout: the modules learn what they are asked, from kept features, at the noise levels where it is decided;
     2. pictures: they learn to predict noise, at all levels and then where forms are decided, and are asked the same beside it.
 
-Two processes of one thread are twice as fast as one of two.
+Two processes of one thread are twice as fast as one of two. Until `forms-again`, what ships was shown clips that grow or shrink
+as often as those that only move; from there on twice as often, like those that turn.
 
     accelerate launch --config_file examples/accelerate/two_processes_cpu.yaml examples/shapes/train_motion.py
 """
