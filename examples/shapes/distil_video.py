@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 
 import torch
 from distil import overridden, publish
 from video_model import (
     ADAPTERS,
-    best_first,
     captions_of,
     clip_noise,
     clips_fingerprint,
@@ -27,6 +25,7 @@ from video_model import (
     load_fast_pipeline,
     shares_right,
     write_image_model,
+    write_search,
 )
 from write_clips import write_folder
 
@@ -57,7 +56,7 @@ def prepared(name: str) -> TrainConfig:
 
 @torch.no_grad()
 def search(path: Path, count: int) -> list[dict[str, float]]:
-    """A trained file at each guidance; the best row first."""
+    """What is right of clips by a trained file, at each guidance."""
     pipe = load_fast_pipeline()
     settings = load_pcm_lora(pipe, path)
     texts = captions_of(held_out_clips(count, MOTION_SEARCH_SEED))
@@ -65,10 +64,10 @@ def search(path: Path, count: int) -> list[dict[str, float]]:
     rows = []
     for guidance_scale in GUIDANCE_SCALES:
         name = f"{path.stem}, guidance {guidance_scale:g}"
-        shown = draw_clips(pipe, texts, latents, STEPS, guidance_scale, settings.eta, progress=name).float() / 127.5 - 1
-        rows.append({"guidance_scale": guidance_scale} | shares_right(shown, texts))
+        drawn = draw_clips(pipe, texts, latents, STEPS, guidance_scale, settings.eta, progress=name)
+        rows.append({"guidance_scale": guidance_scale} | shares_right(drawn, texts))
         print(path.stem, rows[-1], flush=True)
-    return sorted(rows, key=best_first)
+    return rows
 
 
 def main() -> None:
@@ -84,10 +83,9 @@ def main() -> None:
         if not path.exists():
             run(config)
         rows = search(path, args.search_clips)
-        table = {"weights": clips_fingerprint(), "clips": args.search_clips, "steps": STEPS, "rows": rows}
-        ADAPTERS[name].with_suffix(".search.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        guidance_scale = write_search(ADAPTERS[name].with_suffix(".search.json"), args.search_clips, STEPS, rows)
         plain = parse(["--config", str(CONFIGS[name])])
-        sampling = dataclasses.replace(plain.sampling, guidance_scale=rows[0]["guidance_scale"])
+        sampling = dataclasses.replace(plain.sampling, guidance_scale=guidance_scale)
         publish(path, ADAPTERS[name], dataclasses.replace(plain, sampling=sampling))
 
 

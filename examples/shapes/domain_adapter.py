@@ -222,26 +222,25 @@ def main() -> None:
     lesson = Lesson(pipe, args.onto)
     before = lesson.tested()
     share = BATCH // processes.num_processes
-    settings = {"onto": None if args.onto is None else fingerprint([args.onto])}
-    train(
+    learn = partial(
+        train,
+        peak_learning_rate=LEARNING_RATE,
+        average_decay=0.99,
+        settings={"onto": None if args.onto is None else fingerprint([args.onto])},
+    )
+    learn(
         nn.ModuleList([lesson.lower_adapter, lesson.objects]),
         partial(lesson.naming_loss, share),
         steps=NAMING_STEPS,
-        peak_learning_rate=LEARNING_RATE,
         checkpoint=RUNS_DIR / "domain-adapter-naming.safetensors",
-        average_decay=0.99,
-        settings=settings,
     )
     if processes.is_main_process:
         print(lesson.tested())
-    train(
+    learn(
         nn.ModuleList([lesson.adapter, lesson.features, lesson.words, lesson.objects]),
         partial(lesson.drawing_loss, share),
         steps=DRAWING_STEPS,
-        peak_learning_rate=LEARNING_RATE,
         checkpoint=RUNS_DIR / "domain-adapter.safetensors",
-        average_decay=0.99,
-        settings=settings,
     )
     if not processes.is_main_process:
         return

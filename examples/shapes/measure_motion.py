@@ -15,6 +15,7 @@ from tabulate import tabulate
 from video_model import captions_of, held_out_clips, load_fast_pipeline, teacher_clips, teacher_guidance
 
 from lora_training.cpu import fast_precision, keep_freed_memory
+from lora_training.files import write_text
 
 from model import MOTION_DIR
 from moving import KINDS, NUM_FRAMES
@@ -74,7 +75,7 @@ def main() -> None:
         by_kind[clip.motion.kind].append(value)
     motion = {"all": right.mean().item()}
     motion |= {kind: torch.tensor(by_kind[kind]).mean().item() for kind in KINDS if kind in by_kind}
-    (MOTION_DIR / "MODEL_CARD.md").write_text(card(motion, whole, args.clips, guidance_scale), encoding="utf-8")
+    write_text(MOTION_DIR / "MODEL_CARD.md", card(motion, whole, args.clips, guidance_scale))
     print("\n".join(f"{kind}: {share:.1%}" for kind, share in motion.items()), f"motion and scene: {whole:.1%}", sep="\n")
 
 

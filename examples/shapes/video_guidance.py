@@ -9,17 +9,15 @@ all else that the prompt names are right. The prompts are of a stream that nothi
 from __future__ import annotations
 
 import argparse
-import json
 
 from video_model import (
     GUIDANCE_FILE,
-    best_first,
     captions_of,
-    clips_fingerprint,
     held_out_clips,
     load_fast_pipeline,
     shares_right,
     teacher_clips,
+    write_search,
 )
 
 from lora_training.cpu import keep_freed_memory
@@ -42,13 +40,12 @@ def main() -> None:
     texts = captions_of(held_out_clips(args.clips, MOTION_SEARCH_SEED))
     rows = []
     for guidance_scale in GUIDANCE_SCALES:
-        shown = teacher_clips(pipe, "search", texts, NOISE, STEPS, guidance_scale).float() / 127.5 - 1
+        drawn = teacher_clips(pipe, "search", texts, NOISE, STEPS, guidance_scale)
         if processes.is_main_process:
-            rows.append({"guidance_scale": guidance_scale} | shares_right(shown, texts))
+            rows.append({"guidance_scale": guidance_scale} | shares_right(drawn, texts))
             print(rows[-1], flush=True)
     if processes.is_main_process:
-        found = {"weights": clips_fingerprint(), "clips": args.clips, "steps": STEPS, "rows": sorted(rows, key=best_first)}
-        GUIDANCE_FILE.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_search(GUIDANCE_FILE, args.clips, STEPS, rows)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from motion_words import WORDS_FILE, add_words, load_words
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+from lora_training.files import write_text
 from lora_training.randomness import generator_of
 from pcm_scheduler.lora_file import write_safetensors
 
@@ -83,15 +84,23 @@ def teacher_guidance() -> float:
     return json.loads(GUIDANCE_FILE.read_text(encoding="utf-8"))["rows"][0]["guidance_scale"]
 
 
-def shares_right(shown: torch.Tensor, prompts: Sequence[str]) -> dict[str, float]:
-    """Of clips (N, F, 3, 128, 128) in [-1, 1]: how many move as told, and how many show all that their prompts name."""
+def shares_right(drawn: torch.Tensor, prompts: Sequence[str]) -> dict[str, float]:
+    """Of uint8 clips (N, F, 3, 128, 128): how many move as told, and how many show all that their prompts name."""
+    shown = drawn.float() / 127.5 - 1
     judges = {"motion": motion_agreement(), "motion_and_scene": motion_and_scene_agreement()}
     return {name: round(judge(shown, prompts).mean().item(), 4) for name, judge in judges.items()}
 
 
-def best_first(row: Mapping[str, float]) -> tuple[float, float]:
-    """By what rows of a search of guidance are sorted: most right, and of these the least guidance."""
-    return -row["motion_and_scene"], row["guidance_scale"]
+def write_search(path: Path, clips: int, steps: int, rows: Sequence[Mapping[str, float]]) -> float:
+    """The table of a search of guidance, with these weights' fingerprint; most right first, and of these the least guidance.
+
+    Returns:
+        The guidance of the first row.
+    """
+    ordered = sorted(rows, key=lambda row: (-row["motion_and_scene"], row["guidance_scale"]))
+    found = {"weights": clips_fingerprint(), "clips": clips, "steps": steps, "rows": ordered}
+    write_text(path, json.dumps(found, indent=1) + "\n")
+    return ordered[0]["guidance_scale"]
 
 
 def clip_noise(count: int, seed: int) -> torch.Tensor:
