@@ -8,9 +8,10 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 
@@ -28,6 +29,8 @@ _ADVICE = {
     errno.ENOTDIR: "Part of the path is a file: choose a folder.",
     errno.EEXIST: "Part of the path is a file: choose a folder.",
 }
+
+_PATIENCE = 10.0  # seconds: a process that was asked to end may still be saving
 
 
 @contextmanager
@@ -101,3 +104,26 @@ def check_writable(path: Path) -> None:
             folder = folder.parent
         with tempfile.TemporaryFile(dir=folder):
             pass
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Hold a folder, which is made if missing, so that no second process writes there.
+
+    A process that ends, or is killed, has let go of it. Where the file system knows no locks, nothing is held.
+
+    Raises:
+        CannotWrite: another process holds it and does not let go within seconds, or the folder cannot be made.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as held:
+        try:
+            held.enter_context(FileLock(folder / ".lock", timeout=_PATIENCE))
+        except Timeout as error:
+            raise CannotWrite(
+                f"Another process is writing to {folder}. Wait until it ends, or choose another place."
+            ) from error
+        except (NotImplementedError, OSError):
+            pass
+        yield

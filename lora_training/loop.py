@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -35,7 +35,7 @@ from .data.sources import open_source
 from .data.stream import StreamingData
 from .discriminator import CRITIC, AdversarialLoss
 from .distances import load_lpips
-from .files import CannotWrite, check_writable, write_text, writing
+from .files import CannotWrite, check_writable, claimed, write_text, writing
 from .hub import check_repository, push
 from .model_card import model_card
 from .objectives import CONSISTENCY, ConsistencyObjective, sampling_eta, target_decay, total
@@ -146,8 +146,12 @@ class Run:
 
         Raises:
             ValueError: which setting, and what is wrong with it.
+            CannotWrite: another run writes to the same folder.
         """
         config = self.config
+        if self.folder.is_dir() and not config.dry_run:
+            with self._alone():  # and again when training begins
+                pass
         if config.push_to_hub:
             check_repository(config.push_to_hub)
         if config.compile and self.mesh is not None:
@@ -276,11 +280,15 @@ class Run:
         Raises:
             Interrupted: SIGTERM or Ctrl-C; the state is saved.
             ValueError: the newest checkpoint is of a run that was told something else, or cannot be read.
-            RuntimeError: too many bad steps in a row, out of memory, a disk that is full, another process that has ended; what
-                to do, and where the run goes on.
+            RuntimeError: too many bad steps in a row, out of memory, a disk that is full, another process that has ended, or
+                another run that writes to the same folder; what to do, and where the run goes on.
         """
-        with self._in_words(self._smaller):
+        with self._alone(), self._in_words(self._smaller):
             return self._train()
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """Two runs of one output would mix their checkpoints, and the later one's adapter would replace the other's."""
+        return claimed(self.folder) if self.accelerator.is_main_process else nullcontext()
 
     def _begin(self) -> int:
         """Restore the newest checkpoint, or set those of an earlier run aside; returns how many steps are done."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
+from itertools import islice
 from typing import Any, get_args, get_type_hints
 
 import yaml
@@ -27,13 +29,14 @@ class SettingsParser(ArgumentParser):
     def settings(self, config: type, arguments: list[str] | None) -> dict[str, Any]:
         """The arguments that `config`, whose own are added to this parser, is to be made with, groups as dataclasses.
 
+        What the command line says counts more than what a file says, before `--config` and after it.
         Exits with a message that names the bad setting.
 
         Raises:
             ValueError: of a group's own `__post_init__`.
         """
         try:
-            parsed = self.parse_args(arguments)
+            parsed = self.parse_args(_files_first(sys.argv[1:] if arguments is None else arguments))
         except UnicodeDecodeError as error:
             self.error(f"The configuration is not UTF-8 text: {error}")
         except OverflowError as error:
@@ -48,6 +51,19 @@ class SettingsParser(ArgumentParser):
         if len(message) > _LONGEST_MESSAGE:
             message = f"{message[: _LONGEST_MESSAGE // 2]}\n...\n{message[-_LONGEST_MESSAGE // 2 :]}"
         super().error(message, ex)
+
+
+def _files_first(arguments: Sequence[str]) -> list[str]:
+    """`--config FILE` before all the rest, which jsonargparse would let a later file overrule."""
+    files: list[str] = []
+    others: list[str] = []
+    left = iter(arguments)
+    for argument in left:
+        if argument == "--config":
+            files += [argument, *islice(left, 1)]
+        else:
+            (files if argument.startswith("--config=") else others).append(argument)
+    return files + others
 
 
 def _groups(config: type, parsed: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -58,6 +58,29 @@ def full_disk(monkeypatch, name):
     monkeypatch.setattr("pcm_scheduler.lora_file.save_file", save)
 
 
+def test_a_second_run_of_the_same_output_is_refused_before_it_encodes_and_while_the_first_one_goes_on(
+    folder, unbroken, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("lora_training.files._PATIENCE", 0.1)
+    output = tmp_path / "one.safetensors"
+    first, late = (Run(tiny_config(folder, output)) for _ in range(2))
+    step, refused = first.step, []
+
+    def step_beside_others(number):
+        if number == 3:
+            for attempt in (lambda: run(tiny_config(folder, output, **{"data.cache": tmp_path / "cache"})), late.train):
+                with pytest.raises(CannotWrite, match=r"Another process is writing to .*one\.run\. Wait until it ends, or"):
+                    attempt()
+                refused.append(number)
+        return step(number)
+
+    monkeypatch.setattr(first, "step", step_beside_others)
+    assert same(first.train(), unbroken)
+    assert refused == [3, 3]
+    assert not (tmp_path / "cache").exists()
+    assert same(late.train(), unbroken), "the folder is free again"
+
+
 @pytest.mark.parametrize(
     ("name", "goes_on"),
     [

@@ -83,3 +83,13 @@ def test_aliases_that_people_write_are_followed(tmp_path):
     file.write_text("validation: {prompts: &both [a cat, a dog], every: 5}\nlora: {targets: *both}\n")
     config = parse_training(["--config", str(file)])
     assert config.validation.prompts == config.lora.targets == ("a cat", "a dog")
+
+
+@pytest.mark.parametrize("parse", [parse_training, parse_evaluation])
+@pytest.mark.parametrize("config", [["--config", "{}"], ["--config={}"]])
+def test_the_command_line_overrules_the_file_before_it_and_after_it(tmp_path, parse, config):
+    file, needed = tmp_path / "my.yaml", {parse_training: "", parse_evaluation: "methods: [{name: DDIM, scheduler: ddim}]\n"}
+    file.write_text(f"title: of the file\n{needed[parse]}", encoding="utf-8")
+    told = [part.format(file) for part in config]
+    for arguments in ([*told, "--title", "told"], ["--title", "told", *told], ["--title=told", *told]):
+        assert parse(arguments).title == "told"
