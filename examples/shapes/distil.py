@@ -37,6 +37,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from write_dataset import write_dataset
 
 from lora_training.config import TrainConfig
+from lora_training.files import write_text
 from lora_training.loop import run
 from lora_training.train import parse
 from pcm_scheduler.lora_file import read_settings, restate
@@ -140,7 +141,7 @@ def main() -> None:
         table = {"model": model_fingerprint(), "images": args.search_images, "rows": rows}
         output = ADAPTERS[name]
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.with_suffix(".search.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        write_text(output.with_suffix(".search.json"), json.dumps(table, indent=1) + "\n")
         best = rows[0]
         sampling = dataclasses.replace(config.sampling, guidance_scale=best["guidance_scale"])
         path = trained(name, best["learning_rate"])
