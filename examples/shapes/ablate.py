@@ -108,6 +108,12 @@ def variants() -> list[Variant]:
         "distance": {"l2": {"objective.distance": "l2"}},
         "solver": {"heun": {"objective.solver": "heun"}},
         "solver steps": {f"n-{n}": {"objective.num_solver_steps": n} for n in (20, 100)},
+        "solver skip": {
+            **{f"skip-{k}": {"objective.solver_skip": k} for k in (2, 4, 7)},
+            "direct-4": {"objective.name": "direct", "objective.solver_skip": 3},
+            "lcm-skip-4": objectives["lcm"] | {"objective.solver_skip": 4},
+            "pcm-1-skip-4": ONE_PHASE | {"objective.solver_skip": 4},
+        },
         "rank": {f"rank-{r}": {"lora.rank": r} for r in (8, 64)},
         "edges": {  # as `python -m lora_training.phase_edges` proposes them, by either of its measures
             "edges-epsilon": {"objective.phase_edges": [999, 659, 359, 119]},

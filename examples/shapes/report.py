@@ -219,6 +219,7 @@ TABLES = {  # of ablations: heading, what is in it beside the base
     "distance": "Distance between student and target",
     "solver": "Solver of the teacher (the base: DDIM, which is Euler's)",
     "solver steps": "Solver steps N (the base: 50)",
+    "solver skip": "Points of the grid that a step of the teacher goes down (the base: 1), and all the way (direct)",
     "rank": "Rank (the base: 32)",
     "edges": "Phase edges where the teacher's ODE bends (the base: even ones)",
     "consistency training": "Consistency training in phases",
