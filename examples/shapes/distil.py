@@ -140,7 +140,6 @@ def main() -> None:
         rows = search(name, config, args.search_images)
         table = {"model": model_fingerprint(), "images": args.search_images, "rows": rows}
         output = ADAPTERS[name]
-        output.parent.mkdir(parents=True, exist_ok=True)
         write_text(output.with_suffix(".search.json"), json.dumps(table, indent=1) + "\n")
         best = rows[0]
         sampling = dataclasses.replace(config.sampling, guidance_scale=best["guidance_scale"])
