@@ -239,6 +239,12 @@ class ObjectiveConfig:
         name: `pcm` jumps to the edge of the point's phase, `lcm` is the same with one phase, sampled with new noise; `ctm` to
             any point on the way there (with one phase: CTM and TCD); `direct` to the edge, where the teacher's ODE, solved
             all the way, ends; `ct` to the edge, from pictures alone, with no teacher.
+        starts: where the jumps begin: at noised pictures (`data`), or at points of the teacher's own trajectories from pure
+            noise, which is where samplers are (`teacher`). Of the data those need captions and sizes alone. The teacher is run
+            for a batch of trajectories now and then instead of at every step, and `direct` has nothing else to solve.
+        trajectories_kept: of `starts: teacher`, how many batches of trajectories the starts are drawn from; they are in the
+            computer's memory, each N + 1 times as large as a batch of latents.
+        trajectory_every: batches of jumps from one new batch of trajectories, N guided steps of the teacher, to the next.
         num_phases: M; `lcm` has one.
         phase_edges: the M edges as timesteps, in any order, such as 999, 739, 499, 239; none: even ones. `python -m
             lora_training.phase_edges` proposes some.
@@ -246,7 +252,8 @@ class ObjectiveConfig:
             the last must be `num_phases`, which is what the file states. None of them: `num_phases` throughout.
         num_solver_steps: N, the points of the teacher's grid.
         solver: of the teacher. `euler` is `ddim` under its other name; `heun` and `dpmpp_2m` run the teacher twice.
-        solver_skip: grid points that a solver step goes down, at most to the edge.
+        solver_skip: grid points that a solver step goes down, at most to the edge; of `starts: teacher`, how far below x_n the
+            point on its trajectory is.
         guidance_scale: g of the teacher's solver: one number, or two to draw from between for every sample. 1 leaves the
             teacher unguided: with `data.caption_dropout`, adapters that take large guidance and negative prompts when sampled.
         distance: of student and target, in latents, or `lpips` of the decoded pictures (for one phase, or late ones).
@@ -260,6 +267,9 @@ class ObjectiveConfig:
     """
 
     name: Literal["pcm", "lcm", "ctm", "direct", "ct"] = "pcm"
+    starts: Literal["data", "teacher"] = "data"
+    trajectories_kept: int = 16
+    trajectory_every: int = 16
     num_phases: int = 4
     phase_edges: tuple[int, ...] = ()
     progressive_phases: tuple[int, ...] = ()
@@ -283,6 +293,28 @@ class ObjectiveConfig:
     def phases_by_stage(self) -> tuple[int, ...]:
         """The numbers of phases trained on, in order."""
         return self.progressive_phases or (self.num_phases,)
+
+    def check_starts(self) -> None:
+        """Refuse what does not go with where the jumps begin.
+
+        Raises:
+            ValueError: which setting, what it is, what it may be.
+        """
+        if self.starts == "data":
+            default = ObjectiveConfig()
+            for name in ("trajectories_kept", "trajectory_every"):
+                if getattr(self, name) != getattr(default, name):
+                    raise ValueError(
+                        f"objective.{name} is of the teacher's trajectories: set objective.starts to teacher, or leave it out; "
+                        f"got {getattr(self, name)!r}."
+                    )
+        elif self.name == "ct":
+            raise ValueError("objective ct has no teacher whose trajectories it could begin on: set objective.starts to data.")
+        elif self.name == "direct" and self.solver_skip != 1:
+            raise ValueError(
+                "objective direct from starts: teacher goes to a point of the trajectory, which is solved in steps of one grid "
+                f"point: leave objective.solver_skip at 1; got {self.solver_skip}."
+            )
 
 
 @dataclass
@@ -494,6 +526,7 @@ class TrainConfig:
                 f"{self.objective.ct_start}."
             )
         self.adversarial.check()
+        self.objective.check_starts()
         low, high = self.objective.guidance_range
         if not 1 <= low <= high <= _MOST_GUIDANCE:
             raise ValueError(
@@ -525,6 +558,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be less than 1, with which nothing is learned.")
         positive = {
             "objective.solver_skip": self.objective.solver_skip,
+            "objective.trajectories_kept": self.objective.trajectories_kept,
+            "objective.trajectory_every": self.objective.trajectory_every,
             "objective.huber_c": self.objective.huber_c,
             "adversarial.learning_rate": self.adversarial.learning_rate,
             "adversarial.critic_every": self.adversarial.critic_every,

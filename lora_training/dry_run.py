@@ -29,6 +29,10 @@ def describe(run: Run) -> Iterator[str]:
     low, high = config.objective.guidance_range
     guidance = "none" if high == 1 else f"{low:g}" if low == high else f"{low:g} to {high:g}"
     yield f"teacher    {config.objective.solver}, {config.objective.solver_skip} grid point(s) a step, guidance {guidance}"
+    if run.trajectories:
+        kept, every = config.objective.trajectories_kept, config.objective.trajectory_every
+        batch = config.optimizer.batch_size
+        yield f"starts     on its trajectories from noise: {kept} x {batch} are kept, {batch} new ones every {every} batches"
     count = sum(p.numel() for p in run.student.parameters.values())
     yield f"trained    {run.student.describe()}, {count / 1e6:.2f} M parameters, {_files(run, count)}: {run.output}"
     judged = sum(p.numel() for p in run.critic.parameters.values()) if run.critic else 0
@@ -72,10 +76,20 @@ def dry_run(run: Run) -> None:
     """Print what would happen, take one real step, and write nothing but the cache of latents."""
     for line in describe(run):
         print(line, flush=True)
+    steps, batches = run.config.optimizer.steps, run.config.optimizer.gradient_accumulation * run.config.optimizer.steps
+    whole = 0.0
+    if run.trajectories:
+        begun = time.perf_counter()
+        run.follow_teacher(0)
+        seconds, kept = time.perf_counter() - begun, run.config.objective.trajectories_kept
+        whole += seconds * (1 + run.trajectories.oldest(batches - 1) / kept)
+        size = f"{run.trajectories.size / 2**30:.2f} GiB of the computer's memory"
+        print(f"first      the {kept} batches of trajectories: {seconds:.2f} s, {size}", flush=True)
     begun = time.perf_counter()
     loss = run.step(0)
     seconds = time.perf_counter() - begun
-    whole = timedelta(seconds=round(seconds * run.config.optimizer.steps))
+    whole += seconds * steps
     on_gpu = run.accelerator.device.type == "cuda"
     peak = f", {'peak ' if on_gpu else ''}{run.memory / 2**30:.2f} GiB{'' if on_gpu else ' held after it'}"
-    print(f"one step   loss {loss:.4f}, {seconds:.2f} s{peak}; at this pace the run takes {whole} (first steps are slower)")
+    pace = timedelta(seconds=round(whole))
+    print(f"one step   loss {loss:.4f}, {seconds:.2f} s{peak}; at this pace the run takes {pace} (first steps are slower)")

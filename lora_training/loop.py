@@ -26,7 +26,7 @@ from pcm_scheduler import __version__
 from pcm_scheduler.lora_file import AdapterSettings
 from pcm_scheduler.phases import PhaseGrid
 
-from .backbones import load_backbone
+from .backbones import Conditioning, load_backbone
 from .checkpoint import Checkpoints, NotFinite, check_finite, flat, listed
 from .config import DTYPES, Precision, TrainConfig
 from .cpu import coming_device, keep_freed_memory, precision_here, use_plain_attention
@@ -43,6 +43,7 @@ from .optimizers import average_gradients, build_optimizer, check_installed, lea
 from .randomness import generator_of, seed_of
 from .sharding import shard_mesh, whole
 from .students import adapted_modules, build_student, compile_blocks
+from .trajectories import Trajectories, TrajectoryPool
 from .validation import draw_sheet, fixed_loss, latent_shape
 
 # What may change between a run and its continuation.
@@ -140,6 +141,7 @@ class Run:
         # the UNet stays bare: only gradients of what is trained travel between processes, in average_gradients or by FSDP
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.objectives = [ConsistencyObjective(self.backbone, grid, config.objective) for grid in self.grids]
+        self.trajectories = self._build_trajectories() if config.objective.starts == "teacher" else None
 
     def _check_before_encoding(self) -> None:
         """Refuse what would be refused after it, which may take hours.
@@ -206,6 +208,16 @@ class Run:
             part.to("cpu")
         return data
 
+    def _build_trajectories(self) -> TrajectoryPool:
+        """All stages' grids have the same points, and differ in their edges alone."""
+        config, levels, empty = self.config, self.objectives[-1].levels, self.empty
+        process, autocast = self.accelerator.process_index, self.accelerator.autocast
+        return TrajectoryPool(self.backbone, levels, config.objective, self._draw_data, empty, autocast, config.seed, process)
+
+    def _draw_data(self, generator: torch.Generator) -> tuple[torch.Tensor, Conditioning]:
+        config = self.config
+        return self.data.draw(config.optimizer.batch_size, generator, self.accelerator.device, config.data.caption_dropout)
+
     @property
     def grid(self) -> PhaseGrid:
         """The finished adapter's."""
@@ -217,7 +229,7 @@ class Run:
         Raises:
             _Asked: to stop, before it was done; nothing changed.
         """
-        config, device = self.config, self.accelerator.device
+        config = self.config
         names = (config.seed, self.accelerator.process_index, step)
         torch.manual_seed(seed_of(*names))  # dropout
         objective = self.objectives[step * len(self.objectives) // config.optimizer.steps]
@@ -230,9 +242,9 @@ class Run:
             if self._stopping():
                 raise _Asked
             generator = generator_of(*names, micro)
-            batch = self.data.draw(config.optimizer.batch_size, generator, device, config.data.caption_dropout)
+            begun, conditioning = self._draw(step * config.optimizer.gradient_accumulation + micro, generator)
             with self.accelerator.autocast():
-                parts = objective.losses(*batch, self.empty, generator, progress, self.critic)
+                parts = objective.losses(begun, conditioning, self.empty, generator, progress, self.critic)
                 loss = total(parts) / config.optimizer.gradient_accumulation
             self.accelerator.backward(loss)
             losses.append(torch.stack([part.detach().float() for part in parts.values()]))
@@ -256,6 +268,25 @@ class Run:
         self.figures["grad_norm"] = norm
         self.student.update_target(target_decay(config.objective, progress))
         return value
+
+    def _draw(self, batch: int, generator: torch.Generator) -> tuple[torch.Tensor | Trajectories, Conditioning]:
+        """What batch number `batch` of the run begins on."""
+        if self.trajectories is None:
+            return self._draw_data(generator)
+        self.follow_teacher(batch)
+        return self.trajectories.draw(self.config.optimizer.batch_size, generator, self.accelerator.device)
+
+    def follow_teacher(self, batch: int) -> None:
+        """Along the trajectories that batch number `batch` begins on, if it begins on such, and they are not there yet.
+
+        Raises:
+            _Asked: to stop, meanwhile.
+        """
+        if self.trajectories is None:
+            return
+        for _ in self.trajectories.refill(batch, show=self.accelerator.is_main_process):
+            if self._stopping():
+                raise _Asked
 
     def _finite(self, norm: float) -> bool:
         """Whether every gradient is, from the norm of the student's; the same in all processes, for gradients are."""
@@ -313,7 +344,9 @@ class Run:
         state = (self.parameters, self.optimizer.optimizer)
         average, scaler = self.student.target_parameters, self.accelerator.scaler
         first = self._begin()
-        self.data.skip(first * config.optimizer.gradient_accumulation, config.optimizer.batch_size)
+        batches = first * config.optimizer.gradient_accumulation
+        drawn = self.trajectories.oldest(batches) if self.trajectories else batches
+        self.data.skip(drawn, config.optimizer.batch_size)
         if main:
             if self.mesh:
                 print(f"weights are split between {self.mesh.size()} processes")

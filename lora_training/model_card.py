@@ -39,6 +39,7 @@ def model_card(config: TrainConfig, settings: AdapterSettings, data: str, sample
         arguments = f', motion_adapter=MotionAdapter.from_pretrained("{motion}")'
         result = "frames = pipe({}).frames[0]"
     drawn = result.format(f'"...", {call}{eta}')
+    follows = ", whose own trajectories the jumps begin on" if config.objective.starts == "teacher" else ""
     betas = f", {settings.beta_schedule} betas" if settings.beta_schedule else ""
     return (
         "\n".join(front)
@@ -61,7 +62,7 @@ pipe = {pipeline}.from_pretrained("{base or "the base model"}"{arguments})
 - phase edges {edges}, on {settings.num_solver_steps} solver steps{betas}; {settings.num_inference_steps} steps stop at {stops}
 - trained for {config.optimizer.steps} steps of {samples} samples on {data};
   learning rate {config.optimizer.learning_rate:g}, the teacher's guidance
-  {settings.training_guidance_scale:g}, its solver {config.objective.solver}
+  {settings.training_guidance_scale:g}, its solver {config.objective.solver}{follows}
 
 Samples from fixed noise, by steps and guidance; no figure of quality was measured for this card:
 

@@ -9,6 +9,9 @@ lands (arXiv 2405.18407, Eq. 7). They differ in the stop and in where that point
 | ctm | any point from the edge to there | one step of the teacher (arXiv 2310.02279, 2402.19159) |
 | direct | the edge | the teacher's ODE solved to the stop (arXiv 2411.08954) |
 | ct | the edge | the same noise at a lower level, no teacher (arXiv 2303.01469, Algorithm 3) |
+
+x_n is a noised picture, or a point of a trajectory that the teacher was followed along from pure noise. Then the point below
+is on that trajectory too.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ from .config import ObjectiveConfig
 from .distances import build_distance
 from .frames import draw_noise
 from .randomness import sent
-from .teacher import SOLVERS, Prediction, guided_prediction, levels_of
+from .teacher import SOLVERS, Prediction, draw_guidance, guided_prediction, levels_of
+from .trajectories import Trajectories
 
 if TYPE_CHECKING:
     from .discriminator import AdversarialLoss
@@ -39,17 +43,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a batch of jumps begins.
+    """Where a batch of jumps begins: at noised pictures.
 
     Attributes:
         n: points of the solver's grid, (B,).
-        edge: of their phases, (B,).
         latents, noise, sample: x_0, eps and x_n, (B, 4, h, w); of clips (B, 4, F, h, w), here and below.
         teacher: its x_0, guided; None if the objective has none.
     """
 
     n: torch.Tensor
-    edge: torch.Tensor
     latents: torch.Tensor
     noise: torch.Tensor
     sample: torch.Tensor
@@ -73,19 +75,19 @@ class Landing:
     target: torch.Tensor
 
 
-def to_edge(start: Start, below: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def to_edge(edge: torch.Tensor, below: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """The edge of the phase."""
-    return start.edge
+    return edge
 
 
-def to_any_point(start: Start, below: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def to_any_point(edge: torch.Tensor, below: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Uniform from the edge to the point below, both included."""
-    share = sent(torch.rand(len(start.n), generator=generator), start.n.device)
-    return start.edge + (share * (below - start.edge + 1)).long()
+    share = sent(torch.rand(len(edge), generator=generator), edge.device)
+    return edge + (share * (below - edge + 1)).long()
 
 
-Stop = Callable[[Start, torch.Tensor, torch.Generator], torch.Tensor]
-"""(start, points below, generator) -> stops, (B,)."""
+Stop = Callable[[torch.Tensor, torch.Tensor, torch.Generator], torch.Tensor]
+"""(edges, points below, generator) -> stops, (B,)."""
 
 CONSISTENCY = "consistency"  # of a loss's parts, the objective's own
 
@@ -201,39 +203,49 @@ class ConsistencyObjective:
         landed = jump(sample, x0, alpha, sigma, *self.levels(stop))
         return torch.where(self.levels.per_sample(n == stop), sample, landed)
 
-    def draw_guidance(self, batch: int, generator: torch.Generator) -> torch.Tensor:
-        """g of every sample, (batch,), uniform in the configured range; on the CPU."""
-        low, high = self.config.guidance_range
-        return low + (high - low) * torch.rand(batch, generator=generator) if high > low else torch.full((batch,), low)
-
     def land(
         self,
-        latents: torch.Tensor,
+        begun: torch.Tensor | Trajectories,
         conditioning: Conditioning,
         empty: Conditioning,
         generator: torch.Generator,
         progress: float = 1.0,
     ) -> Landing:
         """A batch of jumps; arguments as of `losses`."""
-        batch, device, kind = len(latents), latents.device, self.kind
+        batch, device, kind = len(begun), self.levels.timesteps.device, self.kind
         drawn = torch.randint(1, self.grid.num_solver_steps + 1, (batch,), generator=generator)
-        n, edge = sent(drawn, device), sent(self.grid.target(drawn), device)
-        noise = sent(draw_noise(latents.shape, self.config.shared_noise, generator), device)
-        alpha, sigma = self.levels(n)
-        sample = alpha * latents + sigma * noise
-        teacher = None
-        if kind.taught:
-            guidance = self.draw_guidance(batch, generator)
-            teacher = guided_prediction(self.backbone, self.levels, conditioning, expanded(empty, batch), guidance)
-        start = Start(n, edge, latents, noise, sample, teacher)
-        below = edge if kind.to_the_edge else torch.maximum(n - self.skip(progress), edge)  # at most down to the edge
-        stop = kind.stop(start, below, generator)
-        with torch.no_grad():
-            sample_below = kind.descend(self, start, below)
+        edges = self.grid.target(drawn)
+        lower = edges if kind.to_the_edge else torch.maximum(drawn - self.skip(progress), edges)  # at most down to the edge
+        n, edge, below = sent(drawn, device), sent(edges, device), sent(lower, device)
+        if isinstance(begun, Trajectories):
+            sample, sample_below = sent(begun.at(drawn), device), sent(begun.at(lower), device)
+        else:
+            start = self.noised(begun, n, conditioning, empty, generator)
+            with torch.no_grad():
+                sample, sample_below = start.sample, kind.descend(self, start, below)
+        stop = kind.stop(edge, below, generator)
         landed = self.jump_to(sample, n, stop, conditioning)  # before the target: autocast caches casts with their history
         with torch.no_grad(), self.backbone.target():
             target = sample_below if kind.to_the_edge else self.jump_to(sample_below, below, stop, conditioning)
         return Landing(n, sample, stop, landed, target)
+
+    def noised(
+        self,
+        latents: torch.Tensor,
+        n: torch.Tensor,
+        conditioning: Conditioning,
+        empty: Conditioning,
+        generator: torch.Generator,
+    ) -> Start:
+        """Pictures with the noise of points n, and the teacher of their captions."""
+        batch = len(latents)
+        noise = sent(draw_noise(latents.shape, self.config.shared_noise, generator), latents.device)
+        alpha, sigma = self.levels(n)
+        teacher = None
+        if self.kind.taught:
+            guidance = draw_guidance(self.config, batch, generator)
+            teacher = guided_prediction(self.backbone, self.levels, conditioning, expanded(empty, batch), guidance)
+        return Start(n, latents, noise, alpha * latents + sigma * noise, teacher)
 
     def skip(self, progress: float) -> int:
         """Points of the grid from n to the point below."""
@@ -243,7 +255,7 @@ class ConsistencyObjective:
 
     def losses(
         self,
-        latents: torch.Tensor,
+        begun: torch.Tensor | Trajectories,
         conditioning: Conditioning,
         empty: Conditioning,
         generator: torch.Generator,
@@ -253,13 +265,13 @@ class ConsistencyObjective:
         """The parts of a batch's loss, scalars by name; their `total` is what is trained.
 
         Args:
-            latents: x_0, (B, 4, h, w), scaled, float32.
+            begun: x_0, (B, 4, h, w), scaled, float32, which is noised; or the trajectories that the jumps begin on.
             conditioning: of the batch, (B, ...) each.
             empty: of the unguided half, (1, ...) each.
             generator: on the CPU, so that every device draws the same.
             progress: share of the run that is done, for schedules.
             critic: adds its own loss and what it thinks of the landing.
         """
-        landing = self.land(latents, conditioning, empty, generator, progress)
+        landing = self.land(begun, conditioning, empty, generator, progress)
         parts = {CONSISTENCY: self.distance(landing.landed, landing.target, self.levels(landing.stop)[0])}
         return parts if critic is None else parts | critic(landing, self, conditioning, generator)

@@ -13,6 +13,7 @@ from pcm_scheduler.sampling import jump
 
 from .backbones import Backbone, Conditioning
 from .backbones.conditioning import joined
+from .config import ObjectiveConfig
 from .randomness import sent
 
 _NO_SIGNAL = 1e-2
@@ -45,6 +46,12 @@ def levels_of(backbone: Backbone, grid: PhaseGrid) -> Levels:
     stops, device = torch.tensor(grid.timesteps), backbone.unet.device
     alphas, sigmas = backbone.alphas[stops].float(), backbone.sigmas[stops].float()
     return Levels(stops.to(device), alphas.to(device), sigmas.to(device), backbone.sample_dimensions)
+
+
+def draw_guidance(config: ObjectiveConfig, batch: int, generator: torch.Generator) -> torch.Tensor:
+    """g of every sample, (batch,), uniform in the configured range; on the CPU."""
+    low, high = config.guidance_range
+    return low + (high - low) * torch.rand(batch, generator=generator) if high > low else torch.full((batch,), low)
 
 
 Prediction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -128,3 +135,23 @@ def dpmpp_2m(predict: Prediction, levels: Levels, sample: torch.Tensor, n: torch
 
 Solver = Callable[[Prediction, Levels, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 SOLVERS: dict[str, Solver] = {"ddim": ddim, "euler": ddim, "heun": heun, "dpmpp_2m": dpmpp_2m}
+
+
+def followed(solver: Solver, predict: Prediction, levels: Levels, noise: torch.Tensor) -> list[torch.Tensor]:
+    """The teacher's trajectory from pure noise, x_0 to x_N, one solver step between neighbours.
+
+    Args:
+        solver: of the ODE.
+        predict: the teacher.
+        levels: of the grid's N + 1 points.
+        noise: x_N, (B, 4, h, w), float32, as samplers begin with it: no picture shows through, whatever alpha_N is.
+
+    Returns:
+        N + 1 samples, (B, 4, h, w) each, where the model is.
+    """
+    sample, points = noise, [noise]
+    for n in range(len(levels.timesteps) - 1, 0, -1):
+        at = torch.full((len(noise),), n, device=noise.device)
+        sample = solver(predict, levels, sample, at, at - 1).float()
+        points.append(sample)
+    return points[::-1]

@@ -348,6 +348,21 @@ def test_a_stopped_run_over_an_image_adapter_goes_on_bit_for_bit(folders, tmp_pa
     assert "linear betas" in card
 
 
+def test_clips_begin_on_the_teachers_trajectories_from_noise_that_frames_share(folders, tmp_path):
+    config = config_for(folders, tmp_path / "a.safetensors")
+    config.objective = ObjectiveConfig(
+        name="direct", starts="teacher", num_solver_steps=8, shared_noise=1.0, guidance_scale=3.0, trajectories_kept=2
+    )
+    training = Run(config)
+    training.train()
+    begun, told = training.trajectories.draw(3, torch.Generator().manual_seed(0), torch.device("cpu"))
+    noise, end = begun.at(torch.full((3,), 8)), begun.at(torch.zeros(3, dtype=torch.long))
+    assert noise.shape == end.shape == (3, 4, FRAMES, SIDE, SIDE)
+    assert len(told["prompt_embeds"]) == 3
+    assert torch.equal(noise, noise[:, :, :1].expand_as(noise))
+    assert not torch.equal(end, end[:, :, :1].expand_as(end)), "motion modules tell frames apart"
+
+
 def test_checkpointing_covers_motion_modules_and_changes_no_gradient(folders):
     gradients, calls = [], []
     for checkpointing in (False, True):
