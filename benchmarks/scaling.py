@@ -334,7 +334,7 @@ def launched(folder: Path, count: int, steps: int) -> float:
         "config": ROOT / "examples/configs/shapes_pcm4.yaml", "model.path": SHAPES, "data.path": folder / "pictures",
         "data.cache": folder / "cache", "output": folder / f"of{count}.safetensors", "optimizer.steps": steps,
         "optimizer.batch_size": 4, "resume": "no", "mixed_precision": "no", "validation.steps": "[1]",
-        "validation.guidance_scales": "[1.0]",
+        "validation.guidance_scales": "[1.0]", "objective.starts": "data", "objective.name": "pcm",
     }  # fmt: skip
     launcher = [
         "-m", "accelerate.commands.accelerate_cli", "launch",

@@ -60,6 +60,9 @@ ODE_PROMPTS, ODE_SOLVER_STEPS = 32, 100
 NOISE = 2
 UNGUIDED_GUIDANCE_SCALES = (2.0, 3.5, 5.0)  # of adapters that have not taken in the teacher's
 STEPS = (1, 2, 4, 8)
+BASE = {  # of all rows; else they are as the configuration that ships
+    "objective.name": "pcm", "objective.starts": "data", "optimizer.learning_rate": 3e-4,
+}  # fmt: skip
 ONE_PHASE = {"objective.num_phases": 1, "optimizer.learning_rate": 1e-4}  # what the search for LCM chose
 
 
@@ -131,7 +134,7 @@ def variants() -> list[Variant]:
 def configuration(variant: Variant) -> TrainConfig:
     """What the trainer is told."""
     path = RUNS_DIR / "ablations" / model_fingerprint() / f"{variant.name}.safetensors"
-    told = {"optimizer.steps": UPDATES, "seed": variant.seed} | variant.settings | {"output": path}
+    told = BASE | {"optimizer.steps": UPDATES, "seed": variant.seed} | variant.settings | {"output": path}
     config = overridden(CONFIGS["PCM"], told)
     return dataclasses.replace(config, title=f"Shapes, {variant.name}")
 

@@ -1,11 +1,12 @@
 """Distil the adapters that ship, PCM and its rival LCM, under the same conditions.
 
-Data, rank, updates, batch and the teacher's guidance are the same. The learning rate and the sampling guidance of each
-are chosen by the same small search: a whole run at each learning rate, sampled at each guidance in 4 steps, Frechet
-distance to the teacher's pictures of the same prompts from other noise. (Short runs mislead: they have not taken in the
-teacher's guidance yet, so they ask for more of it when sampled.) The table is kept beside the adapters. PCM's choice also
-makes the further adapters: of as many phases as steps, and of an unguided teacher, which leaves guidance to the sampler.
-About two hours on two cores, with one `--only` on each.
+Data, rank, updates, batch and the teacher's guidance are the same. What else each is trained with and the sampling guidance are
+chosen by the same small search, one setting after the other: a whole run at each value, sampled at each guidance in 4 steps,
+Frechet distance to the teacher's pictures of the same prompts from other noise. (Short runs mislead: they have not taken in the
+teacher's guidance yet, so they ask for more of it when sampled.) PCM's jumps begin on the teacher's trajectories; whether the
+rival is better off there, and how far down a step of its teacher goes, is searched too. The table is kept beside the adapters.
+PCM's choice also makes the further adapters: of as many phases as steps, and of an unguided teacher, which leaves guidance to
+the sampler. About two hours on two cores, with one `--only` on each.
 
     python examples/shapes/distil.py
 """
@@ -36,6 +37,7 @@ from evaluate import (
 from torchmetrics.image.fid import FrechetInceptionDistance
 from write_dataset import write_dataset
 
+from lora_training.checkpoint import flat
 from lora_training.config import TrainConfig
 from lora_training.files import write_text
 from lora_training.loop import run
@@ -51,25 +53,28 @@ FURTHER: dict[str, dict[str, Any]] = {  # by file; what differs from PCM's confi
     }
     for m in (2, 8)
 } | {
-    "pcm_1phase": {  # for one step, which is where a critic has most to say; the learning rate is LCM's, also of one phase
-        "objective.num_phases": 1, "sampling.num_inference_steps": 1, "adversarial.weight": 0.1,
-        "optimizer.learning_rate": 1e-4, "title": "Shapes PCM, 1 phase, adversarial",
+    # for one step, where a critic has most to say; from noised pictures, at the learning rate of LCM, which also has one phase
+    "pcm_1phase": {
+        "objective.name": "pcm", "objective.starts": "data", "objective.num_phases": 1, "optimizer.learning_rate": 1e-4,
+        "sampling.num_inference_steps": 1, "adversarial.weight": 0.1, "title": "Shapes PCM, 1 phase, adversarial",
     },
     "pcm_4phase_unguided": {
         "objective.guidance_scale": 1.0, "data.caption_dropout": 0.1, "sampling.guidance_scale": 5.0,
         "title": "Shapes PCM, 4 phases, unguided teacher",
     }
 }  # fmt: skip
-LEARNING_RATES = (3e-5, 1e-4, 3e-4)
+SEARCHED: dict[str, dict[str, tuple[Any, ...]]] = {  # one after the other, the others as the best so far had them
+    "PCM": {"optimizer.learning_rate": (3e-4, 1e-3, 3e-3)},
+    "LCM": {
+        "objective.solver_skip": (1, 4, 7),
+        "objective.starts": ("data", "teacher"),
+        "optimizer.learning_rate": (3e-5, 1e-4, 3e-4),
+    },
+}
 REFERENCE_NOISE, SEARCH_NOISE = 1, 2
 GUIDANCE_SCALES = (1.0, 1.5, 2.0)
 CONFIGS = {name: HERE.parent / "configs" / f"{file}.yaml" for name, file in (("PCM", "shapes_pcm4"), ("LCM", "shapes_lcm"))}
-
-
-def with_learning_rate(config: TrainConfig, learning_rate: float, output: Path) -> TrainConfig:
-    """The configuration with what the runs of the search differ in."""
-    optimizer = dataclasses.replace(config.optimizer, learning_rate=learning_rate)
-    return dataclasses.replace(config, optimizer=optimizer, output=str(output))
+Settings = dict[str, Any]  # by their full names
 
 
 def overridden(config: Path, settings: Mapping[str, Any]) -> TrainConfig:
@@ -77,9 +82,10 @@ def overridden(config: Path, settings: Mapping[str, Any]) -> TrainConfig:
     return parse(["--config", str(config), *(part for key, value in settings.items() for part in (f"--{key}", str(value)))])
 
 
-def trained(name: str, learning_rate: float) -> Path:
-    """Where a run of the search ends."""
-    return RUNS_DIR / "search" / model_fingerprint() / f"{name}-{learning_rate:g}.safetensors"
+def trained_with(name: str, settings: Settings) -> Path:
+    """Where a run with these settings ends."""
+    told = "-".join(f"{key.rpartition('.')[2]}-{value}" for key, value in settings.items())
+    return RUNS_DIR / "search" / model_fingerprint() / f"{name}-{told}.safetensors"
 
 
 def search_set(images: int) -> tuple[list[str], torch.Tensor, FrechetInceptionDistance]:
@@ -90,21 +96,28 @@ def search_set(images: int) -> tuple[list[str], torch.Tensor, FrechetInceptionDi
     return prompts, latents, metric
 
 
-def search(name: str, config: TrainConfig, images: int) -> list[dict[str, float]]:
-    """A run at each learning rate, sampled at each guidance; the best row first."""
+def search(name: str, images: int) -> list[Settings]:
+    """A run at every value of one setting after the other, sampled at each guidance; the best row first."""
     prompts, latents, metric = search_set(images)
-    rows = []
-    for learning_rate in LEARNING_RATES:
-        path = trained(name, learning_rate)
-        if not path.exists():
-            run(with_learning_rate(config, learning_rate, path))
-        studio = Studio(adapters={name: path}, fast=True)
-        for guidance_scale in GUIDANCE_SCALES:
-            method = dataclasses.replace(studio.methods[name], guidance_scale=guidance_scale)
-            found = distance(metric, studio.generate(method, prompts, latents, steps=4))
-            rows.append({"learning_rate": learning_rate, "guidance_scale": guidance_scale, "frechet": round(found, 3)})
-            print(name, rows[-1], flush=True)
-    return sorted(rows, key=lambda row: row["frechet"])
+    rows: list[Settings] = []
+    told = dict(flat(dataclasses.asdict(parse(["--config", str(CONFIGS[name])]))))
+    best = {key: told[key] for key in SEARCHED[name]}
+    for key, values in SEARCHED[name].items():
+        for settings in ({**best, key: value} for value in values):
+            if any(settings.items() <= row.items() for row in rows):
+                continue
+            path = trained_with(name, settings)
+            if not path.exists():
+                run(overridden(CONFIGS[name], settings | {"output": path}))
+            studio = Studio(adapters={name: path}, fast=True)
+            for guidance_scale in GUIDANCE_SCALES:
+                method = dataclasses.replace(studio.methods[name], guidance_scale=guidance_scale)
+                found = distance(metric, studio.generate(method, prompts, latents, steps=4))
+                rows.append(settings | {"guidance_scale": guidance_scale, "frechet": round(found, 3)})
+                print(name, rows[-1], flush=True)
+        rows.sort(key=lambda row: row["frechet"])
+        best = {key: rows[0][key] for key in best}
+    return rows
 
 
 def publish(path: Path, output: Path, config: TrainConfig) -> None:
@@ -112,16 +125,13 @@ def publish(path: Path, output: Path, config: TrainConfig) -> None:
     settings = dataclasses.replace(read_settings(path), guidance_scale=config.sampling.guidance_scale)
     plain = dataclasses.asdict(dataclasses.replace(config, output=output.name))
     restate(path, output, settings, {"pcm_trainer.config": json.dumps(plain)})
-    print(
-        f"{output}: learning rate {config.optimizer.learning_rate:g}, guidance {config.sampling.guidance_scale:g}", flush=True
-    )
+    print(f"{output}: guidance {config.sampling.guidance_scale:g}", flush=True)
 
 
-def distil_further(name: str, learning_rate: float) -> None:
-    """One of the further adapters, at PCM's learning rate unless it says another."""
+def distil_further(name: str, chosen: Settings) -> None:
+    """One of the further adapters, with what the search chose for PCM unless it says another."""
     path = RUNS_DIR / "search" / model_fingerprint() / f"{name}.safetensors"
-    told = {"optimizer.learning_rate": learning_rate, "output": path} | FURTHER[name]
-    config = overridden(CONFIGS["PCM"], told)
+    config = overridden(CONFIGS["PCM"], chosen | {"output": path} | FURTHER[name])
     if not path.exists():
         run(config)
     publish(path, ADAPTERS["PCM"].with_stem(name), config)
@@ -135,21 +145,19 @@ def main() -> None:
     args = parser.parse_args()
 
     for name in [args.only] if args.only else CONFIGS:
-        config = parse(["--config", str(CONFIGS[name])])
-        write_dataset(Path(config.data.path), 8192)
-        rows = search(name, config, args.search_images)
-        table = {"model": model_fingerprint(), "images": args.search_images, "rows": rows}
+        write_dataset(Path(parse(["--config", str(CONFIGS[name])]).data.path), 8192)
+        rows = search(name, args.search_images)
         output = ADAPTERS[name]
+        output.parent.mkdir(parents=True, exist_ok=True)
+        table = {"model": model_fingerprint(), "images": args.search_images, "rows": rows}
         write_text(output.with_suffix(".search.json"), json.dumps(table, indent=1) + "\n")
-        best = rows[0]
-        sampling = dataclasses.replace(config.sampling, guidance_scale=best["guidance_scale"])
-        path = trained(name, best["learning_rate"])
-        config = dataclasses.replace(with_learning_rate(config, best["learning_rate"], path), sampling=sampling)
-        publish(path, output, config)
+        chosen = {key: rows[0][key] for key in SEARCHED[name]}
+        sampling = {"sampling.guidance_scale": rows[0]["guidance_scale"]}
+        publish(trained_with(name, chosen), output, overridden(CONFIGS[name], chosen | sampling))
         if name != "PCM":
             continue
         for further in [args.further] if args.further else FURTHER:
-            distil_further(further, best["learning_rate"])
+            distil_further(further, chosen)
 
 
 if __name__ == "__main__":

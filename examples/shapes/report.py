@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import yaml
-from ablate import FIGURES, IMAGES, UPDATES, figures_of, variants
+from ablate import BASE, FIGURES, IMAGES, UPDATES, figures_of, variants
 from ablate import STEPS as ABLATION_STEPS
 from evaluate import TEACHER_STATISTICS
 from pictures import contact_sheet, save
@@ -180,7 +180,7 @@ def ablation_table(rows: Sequence[Row], base: Row, deviation: dict[str, float]) 
         if row is not base and deviation:
             gain = base["steps"]["4"]["frechet"] - figures["4"]["frechet"]
             verdict = "tie" if abs(gain) < 2 * deviation["4"] else "better" if gain > 0 else "worse"
-        changes = ", ".join(f"`{key}={value}`" for key, value in row["settings"].items()) or "(the base)"
+        changes = in_words(row["settings"]) or "(the base)"
         cells.append(
             [row["name"], changes, " ".join(f"{figures[k]['guidance_scale']:g}" for k in map(str, ABLATION_STEPS))]
             + [f"{figures[k]['frechet']:.2f}" for k in map(str, ABLATION_STEPS)]
@@ -224,6 +224,11 @@ TABLES = {  # of ablations: heading, what is in it beside the base
     "edges": "Phase edges where the teacher's ODE bends (the base: even ones)",
     "consistency training": "Consistency training in phases",
 }
+
+
+def in_words(settings: Mapping[str, Any]) -> str:
+    """As they are told the trainer."""
+    return ", ".join(f"`{key}={value}`" for key, value in settings.items())
 
 
 def ablations(figures: Figures) -> str:
@@ -359,10 +364,11 @@ def settings_of_training(figures: Figures) -> str:
         else "The base has not been trained from other seeds yet, so no difference is called one."
     )
     return f"""{UPDATES} updates each, half of what the shipped adapters had, and {IMAGES} pictures from one noise, so these
-distances are not to be compared with those above. Each with the best of three sampling guidances at every number of steps (in
-one step they ask for less of it than in four); one-phase rows with the learning rate that the search for LCM chose, the
-others with PCM's. {ties} The error away from the ODE is that of the teacher guided as in
-training: rows with `objective.guidance_scale=1` have an easier one to follow, and are to be compared with each other.
+distances are not to be compared with those above. The base, `pcm-4`, is the configuration of the adapter that ships with
+{in_words(BASE)}. Each with the best of three sampling guidances at every number of steps (in one step they ask for less of it
+than in four); one-phase rows with the learning rate that the search for LCM chose. {ties}
+The error away from the ODE is that of the teacher guided as in training: rows with `objective.guidance_scale=1` have an easier
+one to follow, and are to be compared with each other.
 
 {precisions(figures)}
 
@@ -401,8 +407,10 @@ Frechet distance x 1000, in averaged channels of the attribute classifier (which
 [the model card](../examples/shapes/MODEL_CARD.md)), to the teacher's pictures of the same prompts from another noise, 50 DDIM
 steps at guidance 5. Its size depends on the number of pictures: the floor, of the teacher beside itself, is {floor:.2f} with
 2048, and higher here. In bold the best distilled method of a column, and those less than two deviations from it. PCM and LCM
-adapters are distilled on the same data with the same rank, updates and teacher's guidance, each with the best of the same
-learning rates and sampling guidances.
+adapters are distilled on the same data with the same rank, updates and teacher's guidance, each with the best of three learning
+rates and sampling guidances ([tables](../examples/shapes/adapters)). PCM's of 2, 4 and 8 phases learn where the teacher's own
+trajectories cross their edges (`objective.name=direct`, `objective.starts=teacher`), which takes more of the teacher's time for
+an update; LCM's has the best of both starts, too, and of three sizes of the solver's step.
 
 {by_steps(report["rows"], "frechet_distance", 1000, 2, min)}
 

@@ -777,6 +777,7 @@ def shapes_arguments(pictures, output, **settings):
         "config": "examples/configs/shapes_pcm4.yaml", "model.path": MODEL_DIR, "data.path": pictures,
         "data.cache": pictures / "cache", "optimizer.steps": 2, "optimizer.batch_size": 2, "lora.rank": 2,
         "mixed_precision": "no", "validation.steps": "[1]", "validation.guidance_scales": "[1.0]", "output": output,
+        "objective.trajectories_kept": 2,
     } | settings  # fmt: skip
     return [part for name, value in given.items() for part in (f"--{name}", str(value))]
 

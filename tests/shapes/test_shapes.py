@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from distil import CONFIGS
+from distil import CONFIGS, FURTHER, overridden
 from evaluate import (
     ADAPTERS,
     TEACHER_STATISTICS,
@@ -22,8 +22,6 @@ from evaluate import (
 )
 from safetensors import safe_open
 from write_dataset import write_dataset
-
-from lora_training.train import parse
 
 from attributes import AttributeHeads, attribute_loss, judge, load_classifier
 from model import load_pipeline
@@ -193,14 +191,14 @@ def test_a_frechet_distance_of_a_set_to_itself_is_zero_and_grows_with_damage(tmp
     assert jury.frechet_to_teacher(blurred, tmp_path / "statistics.safetensors") > 10 * max(same, 0.1)
 
 
-@pytest.mark.parametrize("name", list(ADAPTERS))
+@pytest.mark.parametrize("name", [*ADAPTERS, *FURTHER])
 def test_shipped_adapters_are_of_the_configurations_beside_them(name):
-    with safe_open(ADAPTERS[name], framework="pt") as file:
+    with safe_open(ADAPTERS.get(name, ADAPTERS["PCM"].with_stem(name)), framework="pt") as file:
         made_with = json.loads(file.metadata()["pcm_trainer.config"])
-    now = json.loads(json.dumps(asdict(parse(["--config", str(CONFIGS[name])]))))
+    now = json.loads(json.dumps(asdict(overridden(CONFIGS.get(name, CONFIGS["PCM"]), FURTHER.get(name, {})))))
     for section in ("model", "data", "objective", "optimizer", "sampling"):
         assert {key: now[section].get(key) for key in made_with[section]} == made_with[section]
-    assert Path(now["output"]).name == made_with["output"]
+    assert name in FURTHER or Path(now["output"]).name == made_with["output"]
     assert {key: now[key] for key in ("seed", "title", "mixed_precision")}.items() <= made_with.items()
 
 
