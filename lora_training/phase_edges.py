@@ -45,7 +45,7 @@ def teacher_curvature(run: Run, samples: int = SAMPLES, of: Measure = "epsilon")
     generator = generator_of(config.seed, 0)
     latents, conditioning = run.data.draw(samples, generator, device)
     empty = {name: tensor.to(device, torch.float32) for name, tensor in run.data.empty.items()}
-    guidance = draw_guidance(run.config.objective, samples, generator)
+    guidance = draw_guidance(config.objective, samples, generator)
     teacher = guided_prediction(backbone, levels, conditioning, expanded(empty, samples), guidance)
     noise = torch.randn(latents.shape, generator=generator).to(device)
     with tqdm(total=grid.num_solver_steps + 1, desc="curvature") as bar, run.accelerator.autocast():

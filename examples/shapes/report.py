@@ -408,9 +408,9 @@ Frechet distance x 1000, in averaged channels of the attribute classifier (which
 steps at guidance 5. Its size depends on the number of pictures: the floor, of the teacher beside itself, is {floor:.2f} with
 2048, and higher here. In bold the best distilled method of a column, and those less than two deviations from it. PCM and LCM
 adapters are distilled on the same data with the same rank, updates and teacher's guidance, each with the best of three learning
-rates and sampling guidances ([tables](../examples/shapes/adapters)). PCM's of 2, 4 and 8 phases learn where the teacher's own
-trajectories cross their edges (`objective.name=direct`, `objective.starts=teacher`), which takes more of the teacher's time for
-an update; LCM's has the best of both starts, too, and of three sizes of the solver's step.
+rates and sampling guidances ([tables](../examples/shapes/adapters)). PCM's, but for the one of one phase, learn where the
+teacher's own trajectories cross their edges (`objective.name=direct`, `objective.starts=teacher`), which takes more of its time
+for an update; LCM's has the best of both starts, too, and of three sizes of the solver's step.
 
 {by_steps(report["rows"], "frechet_distance", 1000, 2, min)}
 
