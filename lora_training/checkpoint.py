@@ -102,9 +102,15 @@ def flat(settings: Settings, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield prefix + name, value
 
 
-def differences(then: Settings, now: Settings) -> dict[str, tuple[str, str]]:
-    """Settings that two runs were told differently: full name -> (then, now), as JSON; `not set` where one has no such."""
-    before, after = (dict(flat(json.loads(json.dumps(settings)))) for settings in (then, now))
+def differences(then: Settings, now: Settings, defaults: Settings | None = None) -> dict[str, tuple[str, str]]:
+    """Settings that two runs were told differently: full name -> (then, now), as JSON; `not set` where one has no such.
+
+    Args:
+        then, now: what they were told.
+        defaults: what settings say that are newer than the first run, which then were as good as told that.
+    """
+    before, after, usual = (dict(flat(json.loads(json.dumps(settings)))) for settings in (then, now, defaults or {}))
+    before = {name: usual[name] for name in after if name in usual} | before
     said = {
         name: tuple(json.dumps(known[name]) if name in known else "not set" for known in (before, after))
         for name in before | after
@@ -126,6 +132,7 @@ def load_checkpoint(
     settings: Settings | None = None,
     may_change: Collection[str] = (),
     anew: str = _ANEW,
+    defaults: Settings | None = None,
 ) -> int:
     """The reverse of `save_checkpoint`, in place; returns how many steps are done.
 
@@ -133,6 +140,7 @@ def load_checkpoint(
         path, parameters, optimizer, average, scaler, settings: as there.
         may_change: settings, or groups of them, that may differ from the checkpoint's.
         anew: how people begin without the checkpoint, for the message that refuses it.
+        defaults: what settings say that the checkpoint's run may not have known of yet.
 
     Raises:
         ValueError: the checkpoint is of other parameters than these, or of a run that was told something else; what.
@@ -142,7 +150,7 @@ def load_checkpoint(
         told = file.metadata() or {}
         if not told.keys() >= _STATED:
             raise ValueError(f"{path} is not a checkpoint of this trainer. Move it away.")
-        _check_settings(path, told, settings, may_change, anew)
+        _check_settings(path, told, settings, may_change, anew, defaults)
         found = {k.removeprefix("weight/"): file.get_slice(k).get_shape() for k in keys if k.startswith("weight/")}
         if found != {name: list(p.shape) for name, p in parameters.items()}:
             raise ValueError(f"{path} is of a run with other parameters. Restore the settings, or move it away.")
@@ -167,11 +175,16 @@ def load_checkpoint(
 
 
 def _check_settings(
-    path: Path, header: Mapping[str, str], settings: Settings | None, may_change: Collection[str], anew: str
+    path: Path,
+    header: Mapping[str, str],
+    settings: Settings | None,
+    may_change: Collection[str],
+    anew: str,
+    defaults: Settings | None,
 ) -> None:
     refused = {
         name: values
-        for name, values in differences(json.loads(header.get("run") or "{}"), settings or {}).items()
+        for name, values in differences(json.loads(header.get("run") or "{}"), settings or {}, defaults).items()
         if not _is_among(name, may_change)
     }
     if refused:
@@ -194,12 +207,14 @@ class Checkpoints:
         kept: how many; 0 keeps all.
         settings: what the run was told.
         may_change: settings, or groups of them, that may differ between a run and its continuation.
+        defaults: what settings say that an earlier release's checkpoint does not have.
     """
 
     folder: Path
     kept: int
     settings: Settings
     may_change: tuple[str, ...] = ()
+    defaults: Settings | None = None
 
     def all(self) -> list[Path]:
         """Oldest first."""
@@ -247,7 +262,7 @@ class Checkpoints:
         if path is None:
             return {}
         with safe_open(path, framework="pt") as file:
-            return differences(json.loads((file.metadata() or {}).get("run") or "{}"), self.settings)
+            return differences(json.loads((file.metadata() or {}).get("run") or "{}"), self.settings, self.defaults)
 
     def check(self) -> None:
         """Whether a run could go on from the newest, by its header alone.
@@ -263,7 +278,7 @@ class Checkpoints:
             except (SafetensorError, OSError):
                 return  # `load_latest` says so
             if header.keys() >= _STATED:
-                _check_settings(path, header, self.settings, self.may_change, _ANEW)
+                _check_settings(path, header, self.settings, self.may_change, _ANEW, self.defaults)
 
     def load_latest(
         self,
@@ -281,7 +296,9 @@ class Checkpoints:
         if path is None:
             return 0
         try:
-            return load_checkpoint(path, parameters, optimizer, average, scaler, self.settings, self.may_change)
+            return load_checkpoint(
+                path, parameters, optimizer, average, scaler, self.settings, self.may_change, defaults=self.defaults
+            )
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} cannot be read ({error}). Remove it to go on from the one before.") from error
 

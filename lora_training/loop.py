@@ -105,7 +105,9 @@ class Run:
             )
         self.mesh = shard_mesh(self.accelerator)
         told = asdict(config) | {"num_processes": self.accelerator.num_processes}
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoints_kept, told, _MAY_CHANGE)
+        self.checkpoints = Checkpoints(
+            self.folder / "checkpoints", config.checkpoints_kept, told, _MAY_CHANGE, defaults=asdict(TrainConfig())
+        )
         self._asked: list[int] = []  # signals to stop
         self.figures: dict[str, float] = {}  # of the last step: the parts of its loss, and the length of its gradient
         set_seed(config.seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import errno
+import json
 import math
 import os
 import signal
@@ -15,6 +16,7 @@ import pytest
 import tiny_models
 import torch
 from accelerate.utils import DistributedType
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from training_runs import losses_of, stop_at, tiny_config, tiny_folder
 
@@ -294,6 +296,37 @@ def test_differences_are_of_what_json_keeps():
     assert differences(then, {"a": {"b": (1, 3), "c": 0}, "new": "x"}) == {
         "a.b": ("[1, 2]", "[1, 3]"), "a.c": ("null", "0"), "gone": ("1", "not set"), "new": ("not set", '"x"'),
     }  # fmt: skip
+    assert differences(then, then | {"new": "x"}, {"new": "x", "gone": 2}) == {}
+
+
+def forget(checkpoint, group, *names):
+    """As an earlier release wrote it, which had no such settings."""
+    with safe_open(checkpoint, framework="pt") as file:
+        told = file.metadata()
+    settings = json.loads(told["run"])
+    for name in names:
+        del settings[group][name]
+    save_file(load_file(checkpoint), checkpoint, told | {"run": json.dumps(settings)})
+
+
+def test_a_checkpoint_of_an_earlier_release_is_gone_on_from_unless_a_newer_setting_is_used(
+    folder, unbroken, tmp_path, monkeypatch
+):
+    config = tiny_config(folder, tmp_path / "a.safetensors")
+    interrupted(config, monkeypatch)
+    [*_, newest] = sorted((tmp_path / "a.run" / "checkpoints").iterdir())
+    forget(newest, "objective", "starts", "trajectories_kept", "trajectory_every")
+    forget(newest, "optimizer", "gradient_accumulation")
+    used = tiny_config(
+        folder, tmp_path / "a.safetensors", **{"objective.starts": "teacher", "optimizer.gradient_accumulation": 2}
+    )
+    with pytest.raises(ValueError, match="other settings") as refused:
+        run(used)
+    said = str(refused.value)
+    assert 'objective.starts: "data" in the checkpoint, "teacher" now' in said
+    assert "optimizer.gradient_accumulation: 1 in the checkpoint, 2 now" in said
+    assert "trajectories_kept" not in said
+    assert same(run(config), unbroken)
 
 
 def test_a_run_that_begins_anew_does_not_meet_an_earlier_ones_checkpoints(folder, unbroken, tmp_path, monkeypatch, capsys):
