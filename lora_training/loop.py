@@ -81,7 +81,8 @@ class Run:
 
     def __init__(self, config: TrainConfig):
         precision = _precision_told(config)
-        self.precision = precision_here(precision, coming_device())
+        coming = coming_device()
+        self.precision = precision_here(precision, coming)
         self.config = config = replace(config, mixed_precision=self.precision)
         self.output = Path(config.output)
         self.folder = self.output.with_suffix(".run")
@@ -89,6 +90,7 @@ class Run:
             check_writable(file)
         self.accelerator = Accelerator(
             mixed_precision=self.precision,
+            cpu=coming.type == "cpu",  # without that, processes that find no GPU do not find each other either
             log_with=None if config.log_with == "none" else config.log_with,
             project_dir=self.folder,
             # one process may encode, validate or write while the others wait, for longer than NCCL's own ten minutes

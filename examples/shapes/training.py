@@ -16,11 +16,11 @@ from types import MappingProxyType
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from torch import nn
 from tqdm import tqdm
 
 from lora_training.checkpoint import load_checkpoint, save_checkpoint
+from lora_training.cpu import coming_device
 from lora_training.optimizers import average_gradients
 from lora_training.randomness import generator_of, seed_of
 
@@ -29,8 +29,8 @@ ADAMW = partial(torch.optim.AdamW, lr=0.0, betas=(0.9, 0.99), weight_decay=1e-2)
 
 
 def processes_here() -> PartialState:
-    """This process among those that `accelerate launch` started; alone without it."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    """This process among those that `accelerate launch` started, with a GPU each or none at all; alone without it."""
+    return PartialState(cpu=coming_device().type == "cpu")
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ..backbones import load_backbone
 from ..config import DataConfig, chosen
-from ..cpu import precision_here
+from ..cpu import coming_device, precision_here
 from ..data.clips import load_clip
 from ..data.pictures import load_picture
 from ..data.sources import SUFFIXES, Record, clips_in
@@ -55,7 +55,8 @@ class Evaluation:
 
     def __init__(self, config: EvaluationConfig):
         # processes that have drawn their part wait for the others, and the main one measures alone
-        self.accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))])
+        patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
+        self.accelerator = Accelerator(cpu=coming_device().type == "cpu", kwargs_handlers=[patience])
         device = self.accelerator.device
         config = replace(config, precision=precision_here(config.precision, device))
         self.config, self.root, clips = config, Path(config.output), config.clips

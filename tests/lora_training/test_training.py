@@ -790,10 +790,15 @@ def test_accelerate_launches_the_script_with_the_shipped_configuration(pictures,
     assert read_settings(output).grid.num_phases == 4
 
 
-def test_two_processes_train_one_adapter_on_different_samples(pictures, tmp_path):
+WITHOUT_GPU = pytest.mark.skipif(torch.accelerator.is_available(), reason="of machines without a GPU")
+
+
+@pytest.mark.parametrize("use_cpu", ["true", pytest.param("false", marks=WITHOUT_GPU)])
+def test_two_processes_train_one_adapter_on_different_samples(pictures, tmp_path, use_cpu):
     two, one = tmp_path / "two.safetensors", tmp_path / "one.safetensors"
     two_processes = "examples/accelerate/two_processes_cpu.yaml"
-    done = launch(TRAIN, *shapes_arguments(pictures, two), config_file=two_processes, num_processes=2)
+    arguments = shapes_arguments(pictures, two)
+    done = launch(TRAIN, *arguments, config_file=two_processes, num_processes=2, ACCELERATE_USE_CPU=use_cpu)
     assert done.stdout.count("wrote") == 1
     run(parse(shapes_arguments(pictures, one)))
     pairs = [(tensor, load_file(one)[key]) for key, tensor in load_file(two).items()]
