@@ -245,6 +245,8 @@ class ObjectiveConfig:
         trajectories_kept: of `starts: teacher`, how many batches of trajectories the starts are drawn from; they are in the
             computer's memory, each N + 1 times as large as a batch of latents.
         trajectory_every: batches of jumps from one new batch of trajectories, N guided steps of the teacher, to the next.
+        trajectory_cache: a folder where the trajectories are kept on disk, for runs with the same teacher, captions, seed and
+            batch, such as a search of learning rates, and for a run that goes on; empty: they are followed anew.
         num_phases: M; `lcm` has one.
         phase_edges: the M edges as timesteps, in any order, such as 999, 739, 499, 239; none: even ones. `python -m
             lora_training.phase_edges` proposes some.
@@ -270,6 +272,7 @@ class ObjectiveConfig:
     starts: Literal["data", "teacher"] = "data"
     trajectories_kept: int = 16
     trajectory_every: int = 16
+    trajectory_cache: str = ""
     num_phases: int = 4
     phase_edges: tuple[int, ...] = ()
     progressive_phases: tuple[int, ...] = ()
@@ -302,7 +305,7 @@ class ObjectiveConfig:
         """
         if self.starts == "data":
             default = ObjectiveConfig()
-            for name in ("trajectories_kept", "trajectory_every"):
+            for name in ("trajectories_kept", "trajectory_every", "trajectory_cache"):
                 if getattr(self, name) != getattr(default, name):
                     raise ValueError(
                         f"objective.{name} is of the teacher's trajectories: set objective.starts to teacher, or leave it out; "
@@ -537,6 +540,11 @@ class TrainConfig:
             raise ValueError(
                 f"objective.progressive_phases {self.objective.progressive_phases} must end at "
                 f"objective.num_phases={self.objective.num_phases}."
+            )
+        if self.objective.trajectory_cache and self.data.streaming:
+            raise ValueError(
+                "objective.trajectory_cache is for captions that are encoded once, and a stream has others every time: set "
+                "data.streaming to no, or leave the cache out."
             )
         if self.objective.phase_edges and self.objective.progressive_phases:
             raise ValueError("objective.phase_edges and objective.progressive_phases do not go together: leave one out.")

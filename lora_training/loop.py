@@ -43,13 +43,14 @@ from .optimizers import average_gradients, build_optimizer, check_installed, lea
 from .randomness import generator_of, seed_of
 from .sharding import shard_mesh, whole
 from .students import adapted_modules, build_student, compile_blocks
-from .trajectories import Trajectories, TrajectoryPool
+from .trajectories import Trajectories, TrajectoryCache, TrajectoryPool
 from .validation import draw_sheet, fixed_loss, latent_shape
 
 # What may change between a run and its continuation.
 _MAY_CHANGE = (
     "output", "title", "checkpoint_every", "checkpoints_kept", "resume", "max_bad_steps", "gradient_checkpointing", "compile",
     "log_with", "sampling", "validation", "push_to_hub", "dry_run", "data.cache", "data.encode_batch_size",
+    "objective.trajectory_cache",
     # what a run that has stopped says may be changed; with the same ones it ends with the same weights
     "data.max_bad_share", "mixed_precision", "optimizer.learning_rate", "optimizer.max_grad_norm",
     "num_processes",  # of the launch: the batch is another one then, and what each process draws
@@ -86,7 +87,8 @@ class Run:
         self.config = config = replace(config, mixed_precision=self.precision)
         self.output = Path(config.output)
         self.folder = self.output.with_suffix(".run")
-        for file in (self.output, self.folder / "config.yaml"):
+        shared = config.objective.trajectory_cache
+        for file in (self.output, self.folder / "config.yaml", *([Path(shared) / "trajectories"] if shared else [])):
             check_writable(file)
         self.accelerator = Accelerator(
             mixed_precision=self.precision,
@@ -206,6 +208,7 @@ class Run:
         root = Path(config.data.cache) if config.data.cache else self.output.parent / "cache"
         cache = LatentCache(source, config.data, self.backbone, config.model, root)
         cache.encode(*process)
+        self._encoded = cache.folder.name
         accelerator.wait_for_everyone()
         data = cache.open()
         for part in (self.backbone.vae, *self.backbone.text_encoders):
@@ -216,7 +219,10 @@ class Run:
         """All stages' grids have the same points, and differ in their edges alone."""
         config, levels, empty = self.config, self.objectives[-1].levels, self.empty
         process, autocast = self.accelerator.process_index, self.accelerator.autocast
-        return TrajectoryPool(self.backbone, levels, config.objective, self._draw_data, empty, autocast, config.seed, process)
+        cache = TrajectoryCache.of(config, self.precision, self._encoded) if config.objective.trajectory_cache else None
+        return TrajectoryPool(
+            self.backbone, levels, config.objective, self._draw_data, empty, autocast, config.seed, process, cache
+        )
 
     def _draw_data(self, generator: torch.Generator) -> tuple[torch.Tensor, Conditioning]:
         config = self.config

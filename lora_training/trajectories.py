@@ -8,16 +8,25 @@ time, and the jumps of many batches begin at points of what is kept of these.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from tqdm import tqdm
+
+from pcm_scheduler.lora_file import write_safetensors
 
 from .backbones import Backbone, Conditioning
 from .backbones.conditioning import expanded
-from .config import ObjectiveConfig
+from .config import ObjectiveConfig, TrainConfig
+from .data.latent_cache import weights_seen
+from .files import writing
 from .frames import draw_noise
 from .randomness import generator_of, sent
 from .teacher import SOLVERS, Levels, draw_guidance, followed, guided_prediction
@@ -43,6 +52,58 @@ class Trajectories:
         return torch.stack([points[k] for points, k in zip(self.points, n.tolist(), strict=True)])
 
 
+Batch = tuple[torch.Tensor, Conditioning]
+"""Trajectories of a batch, (B, N + 1, 4, h, w), and what they were told; on the CPU."""
+
+
+@dataclass(frozen=True)
+class TrajectoryCache:
+    """Files of trajectories, for runs of the same teacher: whichever comes first follows it, and the others read.
+
+    Args:
+        folder: named after everything that they depend on.
+    """
+
+    folder: Path
+
+    @classmethod
+    def of(cls, config: TrainConfig, precision: str, data: str) -> TrajectoryCache:
+        """Those of a run.
+
+        Args:
+            config: of the run, whose `objective.trajectory_cache` is the folder of all of them.
+            precision: that the teacher runs in.
+            data: the name of its encoded captions and sizes, and so of the model that encoded them.
+        """
+        objective, model = config.objective, asdict(config.model)
+        del model["image_adapter"]  # which the teacher has not
+        solved = [objective.solver, objective.num_solver_steps, objective.guidance_range, objective.shared_noise]
+        drawn = [config.seed, config.optimizer.batch_size, config.data.caption_dropout]
+        parts = ["1", data, model, weights_seen(config.model.motion_adapter), solved, drawn, precision]
+        return cls(Path(objective.trajectory_cache) / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16])
+
+    def _path(self, process: int, number: int) -> Path:
+        return self.folder / f"trajectories-{process:03d}-{number:06d}.safetensors"
+
+    def read(self, process: int, number: int) -> Batch | None:
+        """None if they are not there, or not whole."""
+        try:
+            tensors = load_file(self._path(process, number))
+            return tensors.pop("points"), tensors
+        except (OSError, SafetensorError, KeyError):
+            return None
+
+    def write(self, process: int, number: int, batch: Batch) -> None:
+        """In one move.
+
+        Raises:
+            CannotWrite: the disk is full, or the like; no part of the file is left.
+        """
+        path = self._path(process, number)
+        with writing(path):
+            write_safetensors({"points": batch[0]} | batch[1], path)
+
+
 Draw = Callable[[torch.Generator], tuple[torch.Tensor, Conditioning]]
 """A batch of the data, latents (B, 4, h, w) and conditioning, from a generator of the CPU; all on one device."""
 
@@ -61,6 +122,7 @@ class TrajectoryPool:
         empty: of the unguided half, (1, ...) each.
         autocast: the precision that the teacher is run in.
         seed, process: name the random numbers.
+        cache: where trajectories are kept for other runs; None: nowhere, and then nothing is read either.
     """
 
     def __init__(
@@ -73,10 +135,11 @@ class TrajectoryPool:
         autocast: Callable[[], AbstractContextManager],
         seed: int,
         process: int = 0,
+        cache: TrajectoryCache | None = None,
     ):
         self._backbone, self._levels, self._config, self._draw = backbone, levels, config, draw
-        self._empty, self._autocast, self._names = empty, autocast, (seed, process)
-        self._kept: dict[int, tuple[torch.Tensor, Conditioning]] = {}  # points (B, N + 1, ...) and conditioning, by number
+        self._empty, self._autocast, self._names, self._cache = empty, autocast, (seed, process), cache
+        self._kept: dict[int, Batch] = {}  # by number
 
     def oldest(self, batch: int) -> int:
         """The lowest number of those that a batch begins on: how many came before it."""
@@ -99,11 +162,14 @@ class TrajectoryPool:
         self._kept = {number: kept for number, kept in self._kept.items() if number in wanted}
         missing = [number for number in wanted if number not in self._kept]
         for number in tqdm(missing, "teacher's trajectories", leave=False, disable=not show or len(missing) < 2):
-            self._kept[number] = self._follow(number)
+            self._kept[number] = self._read(number) or self._follow(number)
             yield
 
+    def _read(self, number: int) -> Batch | None:
+        return self._cache.read(self._names[1], number) if self._cache else None
+
     @torch.no_grad()
-    def _follow(self, number: int) -> tuple[torch.Tensor, Conditioning]:
+    def _follow(self, number: int) -> Batch:
         generator = generator_of(*self._names, number, 0, _STREAM)
         latents, conditioning = self._draw(generator)
         config, count = self._config, len(latents)
@@ -113,7 +179,10 @@ class TrajectoryPool:
         with self._autocast():
             points = followed(SOLVERS[config.solver], teacher, self._levels, noise)
         told = {name: tensor.cpu() for name, tensor in conditioning.items()}
-        return torch.stack([point.cpu() for point in points], 1), told
+        batch = torch.stack([point.cpu() for point in points], 1), told
+        if self._cache:
+            self._cache.write(self._names[1], number, batch)
+        return batch
 
     def draw(self, count: int, generator: torch.Generator, device: torch.device) -> tuple[Trajectories, Conditioning]:
         """A batch of one size from what is kept, each sample with its own conditioning, (count, ...), on the device.

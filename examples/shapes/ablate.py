@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
-from distil import CONFIGS, GUIDANCE_SCALES, REFERENCE_NOISE, overridden, search_set
+from distil import CONFIGS, GUIDANCE_SCALES, REFERENCE_NOISE, overridden, search_set, train
 from evaluate import (
     TEACHER_STEPS,
     Judge,
@@ -46,7 +46,6 @@ from lora_training.evaluation.config import EvaluationConfig, OdeConfig
 from lora_training.evaluation.methods import Gallery, MethodConfig
 from lora_training.evaluation.ode import ode_rows
 from lora_training.files import write_text
-from lora_training.loop import run
 from pcm_scheduler.lora_file import write_safetensors
 
 from model import HERE, MODEL_DIR, RUNS_DIR, load_pipeline
@@ -200,7 +199,7 @@ def trained(variant: Variant) -> Path:
     if not path.exists():
         write_dataset(Path(config.data.path), 8192)
         AcceleratorState._reset_state()  # accelerate would keep the precision of the run before
-        run(config)
+        train(config)
     return path
 
 

@@ -82,6 +82,12 @@ def overridden(config: Path, settings: Mapping[str, Any]) -> TrainConfig:
     return parse(["--config", str(config), *(part for key, value in settings.items() for part in (f"--{key}", str(value)))])
 
 
+def train(config: TrainConfig) -> None:
+    """A run, beside others that begin on the same trajectories: of these the first follows the teacher."""
+    shared = {"trajectory_cache": str(RUNS_DIR / "trajectories")} if config.objective.starts == "teacher" else {}
+    run(dataclasses.replace(config, objective=dataclasses.replace(config.objective, **shared)))
+
+
 def trained_with(name: str, settings: Settings) -> Path:
     """Where a run with these settings ends."""
     told = "-".join(f"{key.rpartition('.')[2]}-{value}" for key, value in settings.items())
@@ -108,7 +114,7 @@ def search(name: str, images: int) -> list[Settings]:
                 continue
             path = trained_with(name, settings)
             if not path.exists():
-                run(overridden(CONFIGS[name], settings | {"output": path}))
+                train(overridden(CONFIGS[name], settings | {"output": path}))
             studio = Studio(adapters={name: path}, fast=True)
             for guidance_scale in GUIDANCE_SCALES:
                 method = dataclasses.replace(studio.methods[name], guidance_scale=guidance_scale)
@@ -133,7 +139,7 @@ def distil_further(name: str, chosen: Settings) -> None:
     path = RUNS_DIR / "search" / model_fingerprint() / f"{name}.safetensors"
     config = overridden(CONFIGS["PCM"], chosen | {"output": path} | FURTHER[name])
     if not path.exists():
-        run(config)
+        train(config)
     publish(path, ADAPTERS["PCM"].with_stem(name), config)
 
 

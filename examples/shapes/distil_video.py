@@ -14,7 +14,7 @@ import dataclasses
 from pathlib import Path
 
 import torch
-from distil import overridden, publish
+from distil import overridden, publish, train
 from video_model import (
     ADAPTERS,
     captions_of,
@@ -31,7 +31,6 @@ from write_clips import write_folder
 
 from lora_training.config import TrainConfig
 from lora_training.cpu import keep_freed_memory
-from lora_training.loop import run
 from lora_training.train import parse
 from pcm_scheduler import load_pcm_lora
 
@@ -81,7 +80,7 @@ def main() -> None:
         config = prepared(name)
         path = Path(config.output)
         if not path.exists():
-            run(config)
+            train(config)
         rows = search(path, args.search_clips)
         guidance_scale = write_search(ADAPTERS[name].with_suffix(".search.json"), args.search_clips, STEPS, rows)
         plain = parse(["--config", str(CONFIGS[name])])

@@ -250,9 +250,9 @@ class LatentCache:
         c = self.config
         settings = [c.resolution, c.aspect_buckets, c.bucket_step, c.max_aspect, c.crop, c.flip, c.shard_size]
         clips = [asdict(c.clips)] if c.clips else []
-        parts = ["4", self.source.identity, settings + clips, self.model.path, _weights(self.model.path)]
+        parts = ["4", self.source.identity, settings + clips, self.model.path, weights_seen(self.model.path)]
         if self.model.teacher_loras:
-            parts.append([(path, _weights(path)) for path in self.model.teacher_loras])
+            parts.append([(path, weights_seen(path)) for path in self.model.teacher_loras])
         if self.model.variant:
             parts.append({"variant": self.model.variant})
         if self.model.single_file_config:
@@ -350,8 +350,8 @@ class LatentCache:
         return TrainingData(buckets, empty_conditioning(self.backbone), captions)
 
 
-def _weights(path: str) -> list[tuple[str, int, int]]:
-    """Name, size and time of the file, or of those below the folder; none for a hub id."""
+def weights_seen(path: str) -> list[tuple[str, int, int]]:
+    """Name, size and time of the file, or of those below the folder, by which a cache knows them again; none for a hub id."""
     root = Path(path)
     found = [root] if root.is_file() else sorted(root.rglob("*.safetensors"))
     return [(str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns) for p in found]

@@ -17,11 +17,12 @@ from lora_training.backbones import load_backbone
 from lora_training.backbones.conditioning import expanded
 from lora_training.config import LoraConfig, ModelConfig, ObjectiveConfig
 from lora_training.dry_run import dry_run
+from lora_training.files import CannotWrite
 from lora_training.loop import Interrupted, Run, run
 from lora_training.objectives import ConsistencyObjective
 from lora_training.students import Adapter
 from lora_training.teacher import SOLVERS, Levels, followed, guided_prediction, levels_of
-from lora_training.trajectories import Trajectories, TrajectoryPool
+from lora_training.trajectories import Trajectories, TrajectoryCache, TrajectoryPool
 from pcm_scheduler.phases import PhaseGrid
 
 from model import MODEL_DIR
@@ -224,6 +225,60 @@ def test_a_run_stops_while_the_teacher_is_followed(folder, tmp_path, monkeypatch
     assert "whose own trajectories the jumps begin on" in (tmp_path / "a.run" / "README.md").read_text(encoding="utf-8")
 
 
+def not_followed(self, number):
+    raise AssertionError(f"number {number} is there already")
+
+
+def test_runs_of_one_teacher_follow_it_once(folder, tmp_path, monkeypatch):
+    other = SETTINGS | {"objective.num_phases": 2, "optimizer.learning_rate": 1e-2, "objective.name": "direct"}
+    alone = load_file(run(tiny_config(folder, tmp_path / "alone.safetensors", **other)))
+    shared = {"objective.trajectory_cache": tmp_path / "shared"}
+    run(tiny_config(folder, tmp_path / "first.safetensors", **SETTINGS, **shared))
+    [cache] = (tmp_path / "shared").iterdir()
+    assert sorted(file.name for file in cache.iterdir()) == [f"trajectories-000-00000{n}.safetensors" for n in range(3)]
+    with monkeypatch.context() as patch:
+        patch.setattr(TrajectoryPool, "_follow", not_followed)
+        read = load_file(run(tiny_config(folder, tmp_path / "second.safetensors", **other, **shared)))
+    assert all(torch.equal(tensor, alone[name]) for name, tensor in read.items())
+
+
+def test_a_file_of_trajectories_that_is_not_whole_is_written_anew(folder, tmp_path):
+    settings = SETTINGS | {"objective.trajectory_cache": tmp_path / "shared"}
+    whole = load_file(run(tiny_config(folder, tmp_path / "a.safetensors", **settings)))
+    first, *_ = sorted((tmp_path / "shared").rglob("*.safetensors"))
+    good = first.read_bytes()
+    first.write_bytes(good[: len(good) // 2])
+    read = load_file(run(tiny_config(folder, tmp_path / "b.safetensors", **settings)))
+    assert first.read_bytes() == good
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in read.items())
+
+
+def test_trajectories_are_shared_by_runs_that_have_the_same_and_by_no_others(folder, tmp_path):
+    def cache_of(precision="no", data="pictures", **settings):
+        told = SETTINGS | {"objective.trajectory_cache": tmp_path} | settings
+        return TrajectoryCache.of(tiny_config(folder, tmp_path / "a.safetensors", **told), precision, data).folder
+
+    same = (
+        {"objective.num_phases": 2}, {"objective.name": "direct"}, {"objective.trajectories_kept": 7}, {"lora.rank": 1},
+        {"optimizer.learning_rate": 1e-5}, {"optimizer.steps": 99},
+        {"objective.num_phases": 2, "objective.phase_edges": "[999, 399]"},
+    )  # fmt: skip
+    others = (
+        {"objective.num_solver_steps": 20}, {"objective.solver": "heun"}, {"objective.guidance_scale": 4.5},
+        {"objective.guidance_scale": "[2.0, 5.0]"}, {"seed": 1}, {"optimizer.batch_size": 3},
+        {"data.caption_dropout": 0.3}, {"model.prediction_type": "sample"}, {"model.beta_schedule": "linear"},
+        {"precision": "bf16"}, {"data": "paintings"},
+    )  # fmt: skip
+    assert {cache_of(**settings) for settings in same} == {cache_of()}
+    assert len({cache_of(), *(cache_of(**settings) for settings in others)}) == 1 + len(others)
+
+
+def test_a_place_that_cannot_hold_trajectories_is_refused_before_work(folder, tmp_path):
+    (tmp_path / "file").write_text("no folder", encoding="utf-8")
+    with pytest.raises(CannotWrite, match="choose a folder"):
+        Run(tiny_config(folder, tmp_path / "a.safetensors", **SETTINGS, **{"objective.trajectory_cache": tmp_path / "file"}))
+
+
 def test_a_dry_run_says_what_is_kept_and_counts_it_in(folder, tmp_path, capsys):
     dry_run(Run(tiny_config(folder, tmp_path / "a.safetensors", **SETTINGS)))
     said = capsys.readouterr().out
@@ -238,6 +293,10 @@ def test_a_dry_run_says_what_is_kept_and_counts_it_in(folder, tmp_path, capsys):
         ({"objective.name": "ct", "objective.guidance_scale": 1.0}, "ct has no teacher whose trajectories"),
         ({"objective.name": "direct", "objective.solver_skip": 2}, "leave objective.solver_skip at 1; got 2"),
         ({"objective.starts": "data"}, "objective.trajectories_kept is of the teacher's trajectories.*got 2"),
+        (
+            {"objective.trajectory_cache": "x", "data.streaming": "true"},
+            "trajectory_cache is for captions that are encoded once",
+        ),
         ({"objective.trajectories_kept": 0}, "objective.trajectories_kept must be positive; got 0"),
         ({"objective.trajectory_every": -1}, "objective.trajectory_every must be positive; got -1"),
         ({"objective.starts": "noise"}, "objective.starts"),
