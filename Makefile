@@ -57,7 +57,7 @@ report: $(STAMP) ## docs/results.md: every claim measured on the shapes model; a
 	$(PY) examples/shapes/write_prompts.py outputs/shapes_prompts.txt --count 512
 	$(PY) examples/shapes/write_prompts.py outputs/shapes_pairs.jsonl --count 128
 	$(EVALUATE) examples/evaluation/shapes.yaml
-	$(PY) examples/shapes/write_prompts.py outputs/shapes_video_prompts.txt --moving --count 48
+	$(PY) examples/shapes/write_prompts.py outputs/shapes_video_prompts.txt --moving --count 96
 	$(PY) examples/shapes/video_model.py outputs/shapes_video_model
 	$(EVALUATE) examples/evaluation/shapes_video.yaml
 	$(PY) examples/shapes/report.py
@@ -83,7 +83,7 @@ shapes_video: $(STAMP) ## train and measure the words of motion, the domain adap
 	$(TWO_PROCESSES) examples/shapes/video_guidance.py
 	$(TWO_PROCESSES) examples/shapes/measure_motion.py
 
-adapters_video: $(STAMP) ## distil the adapters for clips again; an hour
+adapters_video: $(STAMP) ## distil the adapters for clips again; two hours
 	$(PY) examples/shapes/distil_video.py
 
 shapes_xl: $(STAMP) ## train and measure the shapes model of SDXL's shape again

@@ -116,6 +116,11 @@ def variants() -> list[Variant]:
             "lcm-skip-4": objectives["lcm"] | {"objective.solver_skip": 4},
             "pcm-1-skip-4": ONE_PHASE | {"objective.solver_skip": 4},
         },
+        "starts": {
+            "teacher-pcm-4": {"objective.starts": "teacher"},
+            "teacher-direct-4": {"objective.starts": "teacher", "objective.name": "direct"},
+            "teacher-lcm": objectives["lcm"] | {"objective.starts": "teacher"},
+        },
         "rank": {f"rank-{r}": {"lora.rank": r} for r in (8, 64)},
         "edges": {  # as `python -m lora_training.phase_edges` proposes them, by either of its measures
             "edges-epsilon": {"objective.phase_edges": [999, 659, 359, 119]},

@@ -16,7 +16,16 @@ from evaluate import Method
 from pictures import contact_sheet
 from PIL.Image import Image
 from tabulate import tabulate
-from video_model import ADAPTERS, captions_of, clip_noise, draw_clips, held_out_clips, load_fast_pipeline, teacher_guidance
+from video_model import (
+    ADAPTERS,
+    PCM_OF_PHASES,
+    captions_of,
+    clip_noise,
+    draw_clips,
+    held_out_clips,
+    load_fast_pipeline,
+    teacher_guidance,
+)
 from write_clips import FRAMES_PER_SECOND
 
 from lora_training.cpu import keep_freed_memory
@@ -25,7 +34,9 @@ from pcm_scheduler import export_clip, load_pcm_lora
 
 from model import build_scheduler
 
-RUNS = (*(("PCM", steps) for steps in (1, 2, 4, 8)), *(("LCM", steps) for steps in (1, 2, 4, 8)), ("teacher", 25))
+FILES = {f"PCM, {m} phase{'s' * (m > 1)}": file for m, file in PCM_OF_PHASES.items()} | {"LCM": ADAPTERS["LCM"]}
+PCM_RUNS = (("PCM, 1 phase", 1), ("PCM, 2 phases", 2), ("PCM, 4 phases", 4), ("PCM, 4 phases", 8))
+RUNS = (*PCM_RUNS, *(("LCM", steps) for steps in (1, 2, 4, 8)), ("teacher", 25))
 SHOWN, JUDGED, NOISE = 6, 12, 3
 
 
@@ -44,7 +55,7 @@ def main() -> None:
     keep_freed_memory()
     pipe = load_fast_pipeline()
     methods, schedulers = {"teacher": Method("teacher", teacher_guidance())}, {"teacher": build_scheduler()}
-    for name, path in ADAPTERS.items():
+    for name, path in FILES.items():
         settings = load_pcm_lora(pipe, path, adapter_name=name)
         methods[name], schedulers[name] = Method(name, settings.guidance_scale, settings.eta), pipe.scheduler
 
@@ -54,7 +65,7 @@ def main() -> None:
     sheet, rows = {}, []
     for name, steps in RUNS:
         method, pipe.scheduler = methods[name], schedulers[name]
-        if name in ADAPTERS:
+        if name in FILES:
             pipe.enable_lora()
             pipe.set_adapters(name)
         else:

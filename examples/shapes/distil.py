@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,7 @@ SEARCHED: dict[str, dict[str, tuple[Any, ...]]] = {  # one after the other, the 
 REFERENCE_NOISE, SEARCH_NOISE = 1, 2
 GUIDANCE_SCALES = (1.0, 1.5, 2.0)
 CONFIGS = {name: HERE.parent / "configs" / f"{file}.yaml" for name, file in (("PCM", "shapes_pcm4"), ("LCM", "shapes_lcm"))}
+FOLDER = RUNS_DIR / "search" / model_fingerprint()  # of what is trained
 Settings = dict[str, Any]  # by their full names
 
 
@@ -88,10 +89,39 @@ def train(config: TrainConfig) -> None:
     run(dataclasses.replace(config, objective=dataclasses.replace(config.objective, **shared)))
 
 
-def trained_with(name: str, settings: Settings) -> Path:
+def trained_with(folder: Path, name: str, settings: Settings) -> Path:
     """Where a run with these settings ends."""
-    told = "-".join(f"{key.rpartition('.')[2]}-{value}" for key, value in settings.items())
-    return RUNS_DIR / "search" / model_fingerprint() / f"{name}-{told}.safetensors"
+    told = "".join(f"-{key.rpartition('.')[2]}-{value}" for key, value in settings.items())
+    return folder / f"{name}{told}.safetensors"
+
+
+def search(
+    config: Path,
+    values: Mapping[str, Sequence[Any]],
+    measured: Callable[[Settings], Iterable[Settings]],
+    order: Callable[[Settings], Any],
+) -> list[Settings]:
+    """Every value of one setting after the other, the other settings as the best so far had them.
+
+    Args:
+        config: says where it begins.
+        values: the settings that are searched.
+        measured: what is found with some of their values, a row for each guidance that is sampled with.
+        order: of rows, the best first.
+
+    Returns:
+        Settings and what was found with them, the best row first.
+    """
+    told = dict(flat(dataclasses.asdict(parse(["--config", str(config)]))))
+    best = {key: told[key] for key in values}
+    rows = [best | found for found in measured(best)]
+    for key, options in values.items():
+        for settings in ({**best, key: option} for option in options):
+            if not any(settings.items() <= row.items() for row in rows):
+                rows += [settings | found for found in measured(settings)]
+        rows.sort(key=order)
+        best = {key: rows[0][key] for key in best}
+    return rows
 
 
 def search_set(images: int) -> tuple[list[str], torch.Tensor, FrechetInceptionDistance]:
@@ -102,28 +132,23 @@ def search_set(images: int) -> tuple[list[str], torch.Tensor, FrechetInceptionDi
     return prompts, latents, metric
 
 
-def search(name: str, images: int) -> list[Settings]:
-    """A run at every value of one setting after the other, sampled at each guidance; the best row first."""
+def search_images(name: str, images: int) -> list[Settings]:
+    """Of PCM or LCM; the nearest to the teacher first."""
     prompts, latents, metric = search_set(images)
-    rows: list[Settings] = []
-    told = dict(flat(dataclasses.asdict(parse(["--config", str(CONFIGS[name])]))))
-    best = {key: told[key] for key in SEARCHED[name]}
-    for key, values in SEARCHED[name].items():
-        for settings in ({**best, key: value} for value in values):
-            if any(settings.items() <= row.items() for row in rows):
-                continue
-            path = trained_with(name, settings)
-            if not path.exists():
-                train(overridden(CONFIGS[name], settings | {"output": path}))
-            studio = Studio(adapters={name: path}, fast=True)
-            for guidance_scale in GUIDANCE_SCALES:
-                method = dataclasses.replace(studio.methods[name], guidance_scale=guidance_scale)
-                found = distance(metric, studio.generate(method, prompts, latents, steps=4))
-                rows.append(settings | {"guidance_scale": guidance_scale, "frechet": round(found, 3)})
-                print(name, rows[-1], flush=True)
-        rows.sort(key=lambda row: row["frechet"])
-        best = {key: rows[0][key] for key in best}
-    return rows
+
+    def measured(settings: Settings) -> Iterator[Settings]:
+        path = trained_with(FOLDER, name, settings)
+        if not path.exists():
+            train(overridden(CONFIGS[name], settings | {"output": path}))
+        studio = Studio(adapters={name: path}, fast=True)
+        for guidance_scale in GUIDANCE_SCALES:
+            method = dataclasses.replace(studio.methods[name], guidance_scale=guidance_scale)
+            found = distance(metric, studio.generate(method, prompts, latents, steps=4))
+            row = {"guidance_scale": guidance_scale, "frechet": round(found, 3)}
+            print(name, settings | row, flush=True)
+            yield row
+
+    return search(CONFIGS[name], SEARCHED[name], measured, lambda row: row["frechet"])
 
 
 def publish(path: Path, output: Path, config: TrainConfig) -> None:
@@ -136,7 +161,7 @@ def publish(path: Path, output: Path, config: TrainConfig) -> None:
 
 def distil_further(name: str, chosen: Settings) -> None:
     """One of the further adapters, with what the search chose for PCM unless it says another."""
-    path = RUNS_DIR / "search" / model_fingerprint() / f"{name}.safetensors"
+    path = FOLDER / f"{name}.safetensors"
     config = overridden(CONFIGS["PCM"], chosen | {"output": path} | FURTHER[name])
     if not path.exists():
         train(config)
@@ -152,14 +177,14 @@ def main() -> None:
 
     for name in [args.only] if args.only else CONFIGS:
         write_dataset(Path(parse(["--config", str(CONFIGS[name])]).data.path), 8192)
-        rows = search(name, args.search_images)
+        rows = search_images(name, args.search_images)
         output = ADAPTERS[name]
         output.parent.mkdir(parents=True, exist_ok=True)
         table = {"model": model_fingerprint(), "images": args.search_images, "rows": rows}
         write_text(output.with_suffix(".search.json"), json.dumps(table, indent=1) + "\n")
         chosen = {key: rows[0][key] for key in SEARCHED[name]}
         sampling = {"sampling.guidance_scale": rows[0]["guidance_scale"]}
-        publish(trained_with(name, chosen), output, overridden(CONFIGS[name], chosen | sampling))
+        publish(trained_with(FOLDER, name, chosen), output, overridden(CONFIGS[name], chosen | sampling))
         if name != "PCM":
             continue
         for further in [args.further] if args.further else FURTHER:

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,8 @@ from moving import NUM_FRAMES, Clip, sample_clip
 from scenes import IMAGE_SIZE, MOTION_TEST_SEED
 from training import processes_here
 
-ADAPTERS = {"PCM": HERE / "adapters" / "video_pcm_4phase.safetensors", "LCM": HERE / "adapters" / "video_lcm.safetensors"}
+PCM_OF_PHASES = {m: HERE / "adapters" / f"video_pcm_{m}phase.safetensors" for m in (1, 2, 4)}
+ADAPTERS = {"PCM": PCM_OF_PHASES[4], "LCM": HERE / "adapters" / "video_lcm.safetensors"}
 GUIDANCE_FILE = MOTION_DIR / "guidance.json"
 
 
@@ -91,13 +93,18 @@ def shares_right(drawn: torch.Tensor, prompts: Sequence[str]) -> dict[str, float
     return {name: round(judge(shown, prompts).mean().item(), 4) for name, judge in judges.items()}
 
 
-def write_search(path: Path, clips: int, steps: int, rows: Sequence[Mapping[str, float]]) -> float:
-    """The table of a search of guidance, with these weights' fingerprint; most right first, and of these the least guidance.
+def most_right(row: Mapping[str, float]) -> tuple[float, float]:
+    """The order of rows of a search: most clips as asked first, and of these the least guidance."""
+    return -row["motion_and_scene"], row["guidance_scale"]
+
+
+def write_search(path: Path, clips: int, steps: int, rows: Sequence[Mapping[str, Any]]) -> float:
+    """The table of a search, with these weights' fingerprint, the best row first.
 
     Returns:
-        The guidance of the first row.
+        The guidance of that row.
     """
-    ordered = sorted(rows, key=lambda row: (-row["motion_and_scene"], row["guidance_scale"]))
+    ordered = sorted(rows, key=most_right)
     found = {"weights": clips_fingerprint(), "clips": clips, "steps": steps, "rows": ordered}
     write_text(path, json.dumps(found, indent=1) + "\n")
     return ordered[0]["guidance_scale"]

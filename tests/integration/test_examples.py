@@ -92,7 +92,7 @@ def test_the_sheet_of_clips_is_drawn_and_judged(tmp_path):
     pytest.importorskip("av")
     said = run(["examples/shapes/demo_video.py", "--clips", "1", "--out", str(tmp_path)])
     assert re.search(r"^teacher +25 ", said, re.MULTILINE), said
-    assert len(re.findall(r"^(?:PCM|LCM) +[1248] ", said, re.MULTILINE)) == 8
+    assert len(re.findall(r"^(?:PCM, \d phases?|LCM) +[1248] ", said, re.MULTILINE)) == 8
     with Image.open(tmp_path / "clips.webp") as sheet:
         assert sheet.n_frames == 16
 

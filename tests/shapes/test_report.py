@@ -114,6 +114,7 @@ def test_clips_are_judged_beside_every_rival_and_the_teacher(tmp_path):
         return {"method": method, "steps": steps} | figures
 
     rows = [clip_row(report.ALONE, 1, 0.5), clip_row(report.ALONE, 2, 0.7), clip_row(report.ALONE, 4, 0.8)]
+    rows += [clip_row(report.MATCHED[1], 1, 0.6), clip_row(report.MATCHED[2], 2, 0.4)]
     rows += [clip_row("LCM", 1, 0.49), clip_row("LCM", 2, 0.6), clip_row("LCM", 4, 0.9), clip_row("DDIM", 4, 0.1)]
     teacher = {"method": "teacher", "steps": 25, "motion": 0.875, "alignment": 0.5}
     adapter = str(report.HERE / "adapters" / "video_lcm.safetensors")
@@ -122,8 +123,8 @@ def test_clips_are_judged_beside_every_rival_and_the_teacher(tmp_path):
     told = {"config": config, "pictures": 8, "seeds": [0, 1, 2], "rows": rows, "reference": [teacher]}
     (tmp_path / "report.json").write_text(json.dumps(told), encoding="utf-8")
     text = report.clips(tmp_path / "report.json")
-    assert (
-        "at 1 tied with LCM; at 2 before LCM; at 4 behind LCM. At 4 steps 7.5 points below the teacher's 87.5 % at 25" in text
-    )
+    assert "- Motion, one 4-phase adapter among all methods: at 1 tied with LCM; at 2 before LCM; at 4 behind LCM." in text
+    assert "- Motion, an adapter for each number of steps among all methods: at 1 before LCM; at 2 behind LCM; at 4" in text
+    assert "- Motion at 4 steps: 7.5 points below the teacher's 87.5 % at 25" in text
     assert "| PCM, 4 phases | 2       | 70.0 ± 1.0" in text
     assert f"LCM {read_settings(Path(adapter)).guidance_scale:g}, DDIM 2, teacher 3." in text

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from distil import CONFIGS, FURTHER, overridden
+from distil import CONFIGS, FURTHER, overridden, search
 from evaluate import (
     ADAPTERS,
     TEACHER_STATISTICS,
@@ -189,6 +189,23 @@ def test_a_frechet_distance_of_a_set_to_itself_is_zero_and_grows_with_damage(tmp
     blurred = torch.nn.functional.avg_pool2d(images.float(), 5, stride=1, padding=2).byte()
     assert same == pytest.approx(0, abs=0.05)
     assert jury.frechet_to_teacher(blurred, tmp_path / "statistics.safetensors") > 10 * max(same, 0.1)
+
+
+def test_a_search_changes_one_setting_after_the_other_and_keeps_the_best():
+    rate, starts = "optimizer.learning_rate", "objective.starts"
+    asked = []
+
+    def measured(settings):
+        asked.append((settings[starts], settings[rate]))
+        return [
+            {"guidance_scale": g, "error": g + abs(settings[rate] - 3e-3) + (settings[starts] == "teacher")} for g in (2, 1)
+        ]
+
+    values = {starts: ("data", "teacher"), rate: (1e-4, 3e-3)}
+    rows = search(CONFIGS["LCM"], values, measured, lambda row: row["error"])
+    assert asked == [("data", 1e-4), ("teacher", 1e-4), ("data", 3e-3)], "what is known is not measured again"
+    assert rows[0] == {starts: "data", rate: 3e-3, "guidance_scale": 1, "error": 1.0}
+    assert len(rows) == 6
 
 
 @pytest.mark.parametrize("name", [*ADAPTERS, *FURTHER])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ import torch
 import video_model
 import yaml
 from diffusers import AnimateDiffPipeline, MotionAdapter
-from distil_video import CONFIGS
+from distil import overridden
+from distil_video import CONFIGS, FURTHER
 from motion import measure_motion
 from safetensors import safe_open
 from video_model import (
     ADAPTERS,
     GUIDANCE_FILE,
+    PCM_OF_PHASES,
     clip_noise,
     clips_fingerprint,
     draw_clips,
@@ -36,7 +39,7 @@ from model import HERE, MOTION_DIR
 from moving import NUM_FRAMES
 
 EXAMPLES = HERE.parent
-VIDEO_ADAPTERS = tuple(file.stem for file in ADAPTERS.values())
+SHIPPED = (*PCM_OF_PHASES.values(), ADAPTERS["LCM"])
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -51,8 +54,8 @@ def pipe() -> AnimateDiffPipeline:
 
 
 def test_what_ships_is_small_and_of_half_precision():
-    files = [*MOTION_DIR.glob("*.safetensors"), *ADAPTERS.values()]
-    assert len(files) == 3
+    files = [*MOTION_DIR.glob("*.safetensors"), *SHIPPED]
+    assert len(files) == 5
     for path in files:
         assert path.stat().st_size < 8e6
         with safe_open(path, framework="pt") as file:
@@ -67,18 +70,18 @@ def test_motion_modules_have_animatediffs_layout():
     assert all(torch.isfinite(p).all() for p in adapter.parameters())
 
 
-@pytest.mark.parametrize("name", VIDEO_ADAPTERS)
-def test_objects_go_where_the_words_say_in_four_steps(pipe, name):
+@pytest.mark.parametrize(("file", "phases", "steps"), [(PCM_OF_PHASES[m], m, m) for m in (1, 2, 4)] + [(ADAPTERS["LCM"], 1, 4)])
+def test_objects_go_where_the_words_say_in_few_steps(pipe, file, phases, steps):
     """Opposite words from the same noise: the object's way differs by more than the least way that training clips have."""
-    settings = load_pcm_lora(pipe, HERE / "adapters" / f"{name}.safetensors", adapter_name=name)
+    settings = load_pcm_lora(pipe, file, adapter_name=file.stem)
     assert isinstance(pipe.scheduler, PCMScheduler)
-    assert settings.grid.num_phases == {"video_pcm_4phase": 4, "video_lcm": 1}[name]
-    pipe.set_adapters(name)
+    assert settings.grid.num_phases == phases
+    pipe.set_adapters(file.stem)
     texts = [
         f"a large red square moving {way} fast in the center on a plain gray background" for way in ("leftward", "rightward")
     ]
     latents = clip_noise(1, 7).expand(2, -1, -1, -1, -1)
-    clips = draw_clips(pipe, texts, latents, 4, settings.guidance_scale, settings.eta)
+    clips = draw_clips(pipe, texts, latents, steps, settings.guidance_scale, settings.eta)
     left, right = measure_motion(clips.float() / 127.5 - 1, ["red", "red"])
     assert left.displacement[0] < 0 < right.displacement[0]
     assert right.displacement[0] - left.displacement[0] > 26
@@ -114,16 +117,32 @@ def test_guidance_was_searched_with_the_weights_that_ship_and_is_used():
     found = json.loads(GUIDANCE_FILE.read_text(encoding="utf-8"))
     assert found["weights"] == clips_fingerprint()
     assert found["rows"][0]["motion_and_scene"] == max(row["motion_and_scene"] for row in found["rows"])
-    for name, file in ADAPTERS.items():
+    for file in SHIPPED:
         table = json.loads(file.with_suffix(".search.json").read_text(encoding="utf-8"))
         assert table["weights"] == clips_fingerprint()
         settings = read_settings(file)
         assert settings.guidance_scale == table["rows"][0]["guidance_scale"]
         assert settings.training_guidance_scale == teacher_guidance()
-        assert read(CONFIGS[name])["objective"]["guidance_scale"] == teacher_guidance()
+    for config in CONFIGS.values():
+        assert read(config)["objective"]["guidance_scale"] == teacher_guidance()
     evaluation = read(EXAMPLES / "evaluation" / "shapes_video.yaml")
     solvers = [method for method in evaluation["methods"] if "scheduler" in method]
     assert {m["guidance_scale"] for m in (*solvers, evaluation["reference"]["method"])} == {teacher_guidance()}
+
+
+@pytest.mark.parametrize(
+    ("file", "config", "differs"),
+    [(ADAPTERS[name], config, {}) for name, config in CONFIGS.items()]
+    + [(PCM_OF_PHASES[phases], CONFIGS["PCM"], differs) for phases, differs in FURTHER.items()],
+)
+def test_shipped_adapters_are_of_the_configurations_beside_them(file, config, differs):
+    with safe_open(file, framework="pt") as opened:
+        made_with = json.loads(opened.metadata()["pcm_trainer.config"])
+    guidance = {"sampling.guidance_scale": read_settings(file).guidance_scale} if differs else {}
+    now = json.loads(json.dumps(dataclasses.asdict(overridden(config, differs | guidance))))
+    for section in ("model", "data", "lora", "objective", "optimizer", "sampling"):
+        assert {key: now[section].get(key) for key in made_with[section]} == made_with[section]
+    assert {key: now[key] for key in ("seed", "title", "mixed_precision")}.items() <= made_with.items()
 
 
 def test_clips_that_were_drawn_are_kept(tmp_path, monkeypatch):
@@ -143,6 +162,6 @@ def test_clips_that_were_drawn_are_kept(tmp_path, monkeypatch):
 
 def test_the_evaluation_names_files_that_ship():
     methods = read(EXAMPLES / "evaluation" / "shapes_video.yaml")["methods"]
-    named = [method["adapter"] for method in methods if "adapter" in method]
-    assert sorted(named) == sorted(f"examples/shapes/adapters/{name}.safetensors" for name in VIDEO_ADAPTERS)
+    named = {method["adapter"] for method in methods if "adapter" in method}
+    assert named == {f"examples/shapes/adapters/{file.name}" for file in SHIPPED}
     assert all((EXAMPLES.parent / name).is_file() for name in named)
