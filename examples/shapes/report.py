@@ -342,8 +342,8 @@ def clips(path: Path) -> str:
 {drawn_in} for all. The motion is measured by following the object; distances and cosines are of single frames, flow is
 Farneback's. A clip that stands still has cosine 1 and flow 0. PCM and LCM adapters are distilled on the same clips with the
 same rank, updates and teacher's guidance, each with the best of three sampling guidances
-([tables](../examples/shapes/adapters)). PCM's jumps begin on the teacher's trajectories; LCM's have the best of both starts and
-of two grids. Guidance:
+([tables](../examples/shapes/adapters)). PCM's jumps begin on the teacher's trajectories; LCM's have the best of both starts.
+Guidance:
 {guidance_of(report["config"])}.
 
 {video_table(report)}
