@@ -1,10 +1,10 @@
 """Distil the adapters for clips that ship, PCM and its rival LCM, under the same conditions.
 
 Clips, rank, updates, batch and the teacher's guidance are the same; the learning rates are those that the searches on pictures
-chose. PCM's jumps begin on the teacher's trajectories; whether the rival is better off there is searched, and so is the sampling
-guidance of both: with what most clips are right in 4 steps, motion and scene. The table is kept beside the adapter. There are
-further adapters of PCM, of as many phases as steps. Two hours on two cores; of two processes with one `--only` each, both would
-encode the clips.
+chose. PCM's jumps begin on the teacher's trajectories; whether the rival is better off there is searched, and so is the
+sampling guidance of both: with what most clips are right in 4 steps, motion and scene. The table is kept beside the adapter.
+There are further adapters of PCM, of as many phases as steps. Two hours on two cores; of two processes with one `--only` each,
+both would encode the clips.
 
     python examples/shapes/distil_video.py
 """
