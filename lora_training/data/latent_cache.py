@@ -351,7 +351,9 @@ class LatentCache:
 
 
 def weights_seen(path: str) -> list[tuple[str, int, int]]:
-    """Name, size and time of the file, or of those below the folder, by which a cache knows them again; none for a hub id."""
+    """Name, size and time of the file, or of those below the folder, by which a cache knows them; none for a hub id, or ""."""
+    if not path:  # which Path takes for the working directory
+        return []
     root = Path(path)
     found = [root] if root.is_file() else sorted(root.rglob("*.safetensors"))
     return [(str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns) for p in found]

@@ -230,6 +230,8 @@ def not_followed(self, number):
 
 
 def test_runs_of_one_teacher_follow_it_once(folder, tmp_path, monkeypatch):
+    """Also where the first has written files into the working directory meanwhile."""
+    monkeypatch.chdir(tmp_path)
     other = SETTINGS | {"objective.num_phases": 2, "optimizer.learning_rate": 1e-2, "objective.name": "direct"}
     alone = load_file(run(tiny_config(folder, tmp_path / "alone.safetensors", **other)))
     shared = {"objective.trajectory_cache": tmp_path / "shared"}
