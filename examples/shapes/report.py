@@ -328,8 +328,8 @@ def guidance_of(config: Row) -> str:
         scale = method["guidance_scale"]
         if scale is None:
             scale = read_settings(Path(method["adapter"])).guidance_scale
-        said.append(f"{method['name']} {scale:g}")
-    return ", ".join(said)
+        said.append(f"{method['name']}: {scale:g}")
+    return "; ".join(said)
 
 
 def clips(path: Path) -> str:
@@ -343,8 +343,7 @@ def clips(path: Path) -> str:
 Farneback's. A clip that stands still has cosine 1 and flow 0. PCM and LCM adapters are distilled on the same clips with the
 same rank, updates and teacher's guidance, each with the best of three sampling guidances
 ([tables](../examples/shapes/adapters)). PCM's jumps begin on the teacher's trajectories; LCM's have the best of both starts.
-Guidance:
-{guidance_of(report["config"])}.
+Sampling guidance: {guidance_of(report["config"])}.
 
 {video_table(report)}
 

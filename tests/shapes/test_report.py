@@ -127,4 +127,4 @@ def test_clips_are_judged_beside_every_rival_and_the_teacher(tmp_path):
     assert "- Motion, an adapter for each number of steps among all methods: at 1 before LCM; at 2 behind LCM; at 4" in text
     assert "- Motion at 4 steps: 7.5 points below the teacher's 87.5 % at 25" in text
     assert "| PCM, 4 phases | 2       | 70.0 ± 1.0" in text
-    assert f"LCM {read_settings(Path(adapter)).guidance_scale:g}, DDIM 2, teacher 3." in text
+    assert f"LCM: {read_settings(Path(adapter)).guidance_scale:g}; DDIM: 2; teacher: 3." in text
