@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,20 +18,18 @@ def to_pil(image: torch.Tensor) -> Image.Image:
     return Image.fromarray(image.permute(1, 2, 0).numpy())
 
 
-def contact_sheet(
-    rows: Mapping[str, Sequence[torch.Tensor] | torch.Tensor], tile: int = 112, label_width: int = 150
-) -> Image.Image:
-    """One row of pictures per name.
+def contact_sheet(rows: Mapping[str, Sequence[torch.Tensor] | torch.Tensor], tile: int = 112) -> Image.Image:
+    """One row of pictures per name, beside it.
 
     Args:
         rows: name -> uint8 pictures (3, H, W), equally many in every row.
         tile: side of a picture on the sheet, in pixels.
-        label_width: room for the names.
     """
     columns = len(next(iter(rows.values())))
-    gap = 4
+    gap, font = 4, ImageFont.load_default(size=15)
+    label_width = max(150, *(math.ceil(font.getlength(name)) + 20 for name in rows))
     sheet = Image.new("RGB", (label_width + columns * (tile + gap), len(rows) * (tile + gap) + gap), PAPER)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=15)
+    draw = ImageDraw.Draw(sheet)
     for i, (name, images) in enumerate(rows.items()):
         y = gap + i * (tile + gap)
         draw.text((10, y + tile // 2), name, fill=INK, font=font, anchor="lm")

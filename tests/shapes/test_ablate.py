@@ -14,7 +14,7 @@ def work(tmp_path, monkeypatch):
     """What was done, with nothing trained, drawn or solved."""
     done: list[str] = []
 
-    def run(config):
+    def train(config):
         done.append(f"train {Path(config.output).stem}")
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
         Path(config.output).touch()
@@ -30,7 +30,7 @@ def work(tmp_path, monkeypatch):
 
     monkeypatch.setattr(ablate, "RUNS_DIR", tmp_path / "runs")
     monkeypatch.setattr(ablate, "FIGURES", tmp_path / "figures")
-    for name, stand_in in (("run", run), ("measure", measure), ("ode_rows", ode_rows)):
+    for name, stand_in in (("train", train), ("measure", measure), ("ode_rows", ode_rows)):
         monkeypatch.setattr(ablate, name, stand_in)
     for name in ("write_dataset", "Gallery", "load_pipeline"):
         monkeypatch.setattr(ablate, name, lambda *_: None)
