@@ -162,11 +162,19 @@ class TrajectoryPool:
         self._kept = {number: kept for number, kept in self._kept.items() if number in wanted}
         missing = [number for number in wanted if number not in self._kept]
         for number in tqdm(missing, "teacher's trajectories", leave=False, disable=not show or len(missing) < 2):
-            self._kept[number] = self._read(number) or self._follow(number)
+            self._kept[number] = self._numbered(number)
             yield
 
-    def _read(self, number: int) -> Batch | None:
-        return self._cache.read(self._names[1], number) if self._cache else None
+    def _numbered(self, number: int) -> Batch:
+        """From the cache, if there is one; what that lacks is followed and written to it."""
+        if self._cache is None:
+            return self._follow(number)
+        process = self._names[1]
+        batch = self._cache.read(process, number)
+        if batch is None:
+            batch = self._follow(number)
+            self._cache.write(process, number, batch)
+        return batch
 
     @torch.no_grad()
     def _follow(self, number: int) -> Batch:
@@ -179,10 +187,7 @@ class TrajectoryPool:
         with self._autocast():
             points = followed(SOLVERS[config.solver], teacher, self._levels, noise)
         told = {name: tensor.cpu() for name, tensor in conditioning.items()}
-        batch = torch.stack([point.cpu() for point in points], 1), told
-        if self._cache:
-            self._cache.write(self._names[1], number, batch)
-        return batch
+        return torch.stack([point.cpu() for point in points], 1), told
 
     def draw(self, count: int, generator: torch.Generator, device: torch.device) -> tuple[Trajectories, Conditioning]:
         """A batch of one size from what is kept, each sample with its own conditioning, (count, ...), on the device.

@@ -114,7 +114,7 @@ def search(
     """
     told = dict(flat(dataclasses.asdict(parse(["--config", str(config)]))))
     best = {key: told[key] for key in values}
-    rows = [best | found for found in measured(best)]
+    rows = sorted((best | found for found in measured(best)), key=order)
     for key, options in values.items():
         for settings in ({**best, key: option} for option in options):
             if not any(settings.items() <= row.items() for row in rows):

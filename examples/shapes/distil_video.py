@@ -97,7 +97,7 @@ def search_clips(name: str, count: int) -> list[Settings]:
 def publish_clips(
     path: Path, output: Path, config: Path, chosen: Settings, rows: list[Settings], count: int, steps: int
 ) -> None:
-    """A trained file and the table of its search, best row first, under their final names."""
+    """A trained file and the table of its search under their final names."""
     guidance_scale = write_search(output.with_suffix(".search.json"), count, steps, rows)
     publish(path, output, overridden(config, chosen | {"sampling.guidance_scale": guidance_scale}))
 
@@ -108,8 +108,7 @@ def distil_further(phases: int, count: int) -> None:
     path = FOLDER / output.name
     if not path.exists():
         train(prepared("PCM", settings | {"output": path}))
-    rows = sorted(sampled(path, count, phases), key=most_right)
-    publish_clips(path, output, CONFIGS["PCM"], settings, rows, count, phases)
+    publish_clips(path, output, CONFIGS["PCM"], settings, list(sampled(path, count, phases)), count, phases)
 
 
 def main() -> None:

@@ -74,6 +74,15 @@ def tied(one: Row, other: Row, name: str) -> bool:
     return abs(one[name] - other[name]) < 2 * deviation
 
 
+def standing(ours: Row, rivals: Sequence[Row], name: str, best: Callable[..., Any]) -> str:
+    """Whether a row is before, tied with or behind the best of its rivals, and which that is; `best` is min or max."""
+    rival = best(rivals, key=lambda row: row[name])
+    if tied(ours, rival, name):
+        return f"tied with {rival['method']}"
+    first = best(rival[name], ours[name]) != rival[name]
+    return f"{'before' if first else 'behind'} {rival['method']}"
+
+
 def by_steps(rows: Sequence[Row], name: str, scale: float, digits: int, best: Callable[..., float]) -> str:
     """Methods down, numbers of steps across; the best distilled one of each column in bold, and what ties with it."""
     methods = list(dict.fromkeys(row["method"] for row in rows))
@@ -106,10 +115,7 @@ def aims(report: Row) -> str:
         for steps in STEPS[1:]:
             ours = found[adapters[steps], steps]
             rivals = [row for (method, k), row in found.items() if k == steps and method in DISTILLED_RIVALS]
-            rival = min(rivals, key=lambda row: row["frechet_distance"])
-            first = ours["frechet_distance"] < rival["frechet_distance"]
-            verdict = "tied with" if tied(ours, rival, "frechet_distance") else "before" if first else "behind"
-            verdicts.append(f"at {steps} {verdict} {rival['method']}")
+            verdicts.append(f"at {steps} {standing(ours, rivals, 'frechet_distance', min)}")
         lines.append(f"- {words}, by Frechet distance among distilled methods: {'; '.join(verdicts)}.")
     (teacher,) = report["reference"]
     best, steps = 100 * teacher["alignment"], teacher["steps"]
@@ -308,10 +314,7 @@ def video_aims(report: Row) -> str:
             for steps in VIDEO_STEPS:
                 ours = found[adapters[steps], steps]
                 rivals = [row for (method, k), row in found.items() if k == steps and method not in MATCHED.values()]
-                rival = max(rivals, key=lambda row: row[name])
-                first = ours[name] > rival[name]
-                verdict = "tied with" if tied(ours, rival, name) else "before" if first else "behind"
-                verdicts.append(f"at {steps} {verdict} {rival['method']}")
+                verdicts.append(f"at {steps} {standing(ours, rivals, name, max)}")
             lines.append(f"- {words}, {which} among all methods: {'; '.join(verdicts)}.")
         gap = 100 * (teacher[name] - found[ALONE, 4][name])
         lines.append(

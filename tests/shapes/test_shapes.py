@@ -206,6 +206,8 @@ def test_a_search_changes_one_setting_after_the_other_and_keeps_the_best():
     assert asked == [("data", 1e-4), ("teacher", 1e-4), ("data", 3e-3)], "what is known is not measured again"
     assert rows[0] == {starts: "data", rate: 3e-3, "guidance_scale": 1, "error": 1.0}
     assert len(rows) == 6
+    alone = {"guidance_scale": 1.0}, {"guidance_scale": 2.0}
+    assert search(CONFIGS["LCM"], {}, lambda _: alone, lambda row: -row["guidance_scale"]) == [*reversed(alone)]
 
 
 @pytest.mark.parametrize("name", [*ADAPTERS, *FURTHER])
