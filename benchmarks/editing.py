@@ -2,7 +2,7 @@
 
     python benchmarks/editing.py                 every task, an hour or two on one core; writes docs/editing.md
     python benchmarks/editing.py --task inpaint  one of them, so that cores can share; the page needs them all
-    python benchmarks/editing.py --search        other scenes, fewer of them, for choosing strategies; writes nothing
+    python benchmarks/editing.py --search        what `STRATEGIES` are chosen from, on other scenes; the page says what it found
 
 Of drawn scenes a part is hidden (a quarter of the picture around its first object), or the colours, or the detail, or noise is
 laid over it; every method gets the same measurement, caption and noise.
@@ -16,9 +16,10 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -29,9 +30,20 @@ from torchvision.transforms.functional import gaussian_blur
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "shapes"))
 
-from evaluate import Judge, Studio, held_out_scenes, model_fingerprint, noise, prompts_of
+from evaluate import (
+    TEACHER_GUIDANCE,
+    TEACHER_STEPS,
+    Judge,
+    Studio,
+    fingerprint,
+    held_out_scenes,
+    model_fingerprint,
+    noise,
+    prompts_of,
+)
 
 from lora_training.cpu import fast_precision
+from lora_training.files import write_text
 from pcm_scheduler import PCMScheduler
 from pcm_scheduler.edit_tasks import STRATEGIES, Strategy
 from pcm_scheduler.editing import measured
@@ -46,9 +58,10 @@ DOCS = Path(__file__).parent.parent / "docs"
 SIZE = (IMAGE_SIZE, IMAGE_SIZE)
 STEPS, BATCH = (2, 4, 8), 64
 SOFTNESS = 0.01  # noise that the soft method assumes in a measurement; best of 0.05, 0.01 and 0.002, or within 0.4 dB of it
-TEACHER_STEPS, TEACHER_GUIDANCE = 50, 5.0
 FACTOR, NOISE_LEVEL = 8, 40.0  # of enlargement; in grey levels
 INVERTED = 64  # scenes, for what costs a hundred forwards a picture
+CANDIDATE_STRENGTHS = (0.4, 0.6, 0.8, 1.0)
+SEARCH_SCENES, SEARCH_STEPS = 128, 4
 HIDDEN = 32  # half a side of the hidden square, in pixels
 
 
@@ -134,16 +147,12 @@ class Bench:
     @contextmanager
     def using(self, adapter: str | None) -> Iterator[tuple[PCMEditPipeline, float, float]]:
         """The edit pipeline with an adapter or the bare teacher, with guidance and eta."""
+        name = "teacher" if adapter is None else adapter
+        self.studio.select(name)
         if adapter is None:
-            self.pipe.disable_lora()
-            self.pipe.scheduler = PCMScheduler.from_config(self.studio.schedulers["teacher"].config, num_phases=TEACHER_STEPS)
-            guidance, eta = TEACHER_GUIDANCE, 0.0
-        else:
-            self.pipe.enable_lora()
-            self.pipe.set_adapters(adapter)
-            self.pipe.scheduler = self.studio.schedulers[adapter]
-            guidance, eta = self.studio.methods[adapter].guidance_scale, self.studio.methods[adapter].eta
-        yield PCMEditPipeline.from_pipe(self.pipe), guidance, eta
+            self.pipe.scheduler = PCMScheduler.from_config(self.pipe.scheduler.config, num_phases=TEACHER_STEPS)
+        method = self.studio.methods[name]
+        yield PCMEditPipeline.from_pipe(self.pipe), method.guidance_scale, method.eta
 
     def edits(self, adapter: str | None, strategy: Strategy | None = None):
         """`PCMEditPipeline` with a strategy; None: its own for the task."""
@@ -216,6 +225,12 @@ class Bench:
             ):
                 draw = self.edits("PCM", Strategy(projected, strength=strength, eta=eta))
                 yield Method(f"PCM, {name}, from {strength}", draw, tasks=("denoise",))
+
+    def candidates(self) -> Iterator[Method]:
+        """What `STRATEGIES` are chosen from."""
+        for projected, known, strength, eta in product(("all", "end"), (False, True), CANDIDATE_STRENGTHS, (0.0, 1.0)):
+            strategy = Strategy(projected, known, strength, eta)
+            yield Method(str(strategy), self.edits("PCM", strategy), (SEARCH_STEPS,), ("inpaint",) if known else EXACT_TASKS)
 
     def methods(self) -> list[Method]:
         everywhere, anew = Strategy("all", eta=0.0), Strategy("all", eta=1.0)
@@ -296,10 +311,12 @@ def part(case: Case, rows: slice) -> Case:
     return replace(case, operator=operator, **cut)
 
 
-def measure(bench: Bench, case: Case, scenes: list[Scene], seed: int, wanted: str) -> Iterator[Figures]:
-    """Every method whose name the expression finds, at each of its numbers of steps."""
+def measure(
+    bench: Bench, methods: Iterable[Method], case: Case, scenes: list[Scene], seed: int, wanted: str
+) -> Iterator[Figures]:
+    """Of these methods every one whose name the expression finds, at each of its numbers of steps."""
     prompts, latents = prompts_of(scenes), noise(len(scenes), seed)
-    for method in bench.methods():
+    for method in methods:
         if case.task not in method.tasks or not re.search(wanted, method.name):
             continue
         for steps in method.steps:
@@ -359,7 +376,24 @@ TITLES = {
 }
 
 
-def report(found: dict[str, list[Figures]], inverted: list[list[str]], images: int) -> str:
+def read_figures(path: Path) -> list[Figures]:
+    """What was measured so far; nothing where nothing was."""
+    return [Figures(**row) for row in json.loads(path.read_text(encoding="utf-8"))] if path.is_file() else []
+
+
+def in_words(task: str, rows: list[Figures]) -> str:
+    """What the pipeline does by default, and what of all came nearest to the original in the search."""
+
+    def said(row: Figures) -> str:
+        return f"{row.psnr:.2f} dB, {100 * row.right:.1f} % right"
+
+    (own,) = (row for row in rows if row.method == str(STRATEGIES[task]))
+    nearest = max(rows, key=lambda row: row.psnr)
+    words = f"- `{task}`: {own.method}: {said(own)}"
+    return words + ("" if nearest == own else f"; nearest to the original is {nearest.method}: {said(nearest)}")
+
+
+def report(found: dict[str, list[Figures]], searched: dict[str, list[Figures]], inverted: list[list[str]], images: int) -> str:
     """docs/editing.md."""
     headers = ["", "steps", "PSNR", "shapes and colours asked for", "place", "background", "texture"]
     noise_table = tabulate(inverted, headers=headers, tablefmt="github", disable_numparse=True)
@@ -368,7 +402,7 @@ def report(found: dict[str, list[Figures]], inverted: list[list[str]], images: i
         + tabulate([row.row() for row in found[task]], headers=HEADERS, tablefmt="github", disable_numparse=True)
         for task in TASKS
     )
-    chosen = "\n".join(f"- `{task}`: {strategy}" for task, strategy in STRATEGIES.items() if task in EXACT_TASKS)
+    chosen = "\n".join(in_words(task, searched[task]) for task in EXACT_TASKS)
     best = {
         task: max((row for row in found[task] if row.steps and row.steps <= max(STEPS)), key=lambda row: row.psnr)
         for task in TASKS
@@ -393,13 +427,15 @@ Nearest to the original of all methods of at most {max(STEPS)} steps:
 
 {leaders}
 
-What `PCMEditPipeline` does by default (chosen on other scenes, `--search`):
+What `PCMEditPipeline` does by default, in {SEARCH_STEPS} steps on {SEARCH_SCENES} other scenes (`--search`). Of what is about
+as good the cheaper was taken; strengths are from a search with an earlier adapter:
 
 {chosen}
 
-An x_0 of an early phase is not the ODE's end, so one might expect projections there to harm. Measured, they help most, and most
-with new noise: the projected x_0 is nearer to the truth than the network's, and new noise lets the next step believe it, while
-eps = (x - alpha x_0) / sigma of a changed x_0 carries the change into the noise.
+An x_0 of an early phase is not the ODE's end, so one might expect projections there to harm. Measured, in colouring and
+enlarging they help most, and most with new noise: the projected x_0 is nearer to the truth than the network's, and new noise
+lets the next step believe it, while eps = (x - alpha x_0) / sigma of a changed x_0 carries the change into the noise. In
+inpainting known latents do as well, and need no passes through the VAE on the way.
 
 {tables}
 
@@ -418,35 +454,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--task", choices=[*TASKS, "inversion"], help="this one only")
-    parser.add_argument("--search", action="store_true", help="the scenes that settings are chosen by; writes nothing")
+    parser.add_argument("--search", action="store_true", help="strategies on other scenes, to choose from")
     parser.add_argument("--methods", default="", help="those whose name this expression finds; others keep their rows")
     args = parser.parse_args()
 
     bench = Bench()
     bench.pipe.set_progress_bar_config(disable=True)
-    scenes = held_out_scenes(args.images, SEARCH_SEED if args.search else TEST_SEED)
-    kept = RUNS_DIR / "editing" / model_fingerprint()
+    kept = RUNS_DIR / "editing" / f"{model_fingerprint()}-{fingerprint(list(bench.studio.adapters.values()))}"
+    if args.search:
+        count, seed, suffix = SEARCH_SCENES, 4, "search"
+        scenes, methods = held_out_scenes(count, SEARCH_SEED), list(bench.candidates())
+    else:
+        count, seed, suffix = args.images, 5, str(args.images)
+        scenes, methods = held_out_scenes(count, TEST_SEED), bench.methods()
     for case in cases(scenes):
-        if args.task not in (None, case.task):
+        if args.task not in (None, case.task) or not any(case.task in method.tasks for method in methods):
             continue
-        if args.search:
-            for _ in measure(bench, case, scenes, seed=4, wanted=args.methods):
-                pass
-            continue
-        path = kept / f"{case.task}-{args.images}.json"
-        rows = {(row["method"], row["steps"]): row for row in (json.loads(path.read_text()) if path.is_file() else [])}
-        for row in measure(bench, case, scenes, seed=5, wanted=args.methods):
-            rows[row.method, row.steps] = asdict(row)
-        kept.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(list(rows.values())), encoding="utf-8")
+        path = kept / f"{case.task}-{suffix}.json"
+        rows = {(row.method, row.steps): row for row in read_figures(path)}
+        rows |= {(row.method, row.steps): row for row in measure(bench, methods, case, scenes, seed, args.methods)}
+        write_text(path, json.dumps([asdict(row) for row in rows.values()]))
     if args.task in (None, "inversion") and not args.search:
-        kept.mkdir(parents=True, exist_ok=True)
-        (kept / "inversion.json").write_text(json.dumps(inversion(bench, scenes[:INVERTED])), encoding="utf-8")
-    files = {task: kept / f"{task}-{args.images}.json" for task in TASKS} | {"inversion": kept / "inversion.json"}
-    if not args.search and all(path.is_file() for path in files.values()):
-        kept_rows = {task: json.loads(path.read_text(encoding="utf-8")) for task, path in files.items()}
-        tables = {task: [Figures(**row) for row in kept_rows[task]] for task in TASKS}
-        (DOCS / "editing.md").write_text(report(tables, kept_rows["inversion"], args.images), encoding="utf-8")
+        write_text(kept / "inversion.json", json.dumps(inversion(bench, scenes[:INVERTED])))
+    found = {task: read_figures(kept / f"{task}-{args.images}.json") for task in TASKS}
+    searched = {task: read_figures(kept / f"{task}-search.json") for task in EXACT_TASKS}
+    inverted = kept / "inversion.json"
+    if all([*found.values(), *searched.values(), inverted.is_file()]):
+        page = report(found, searched, json.loads(inverted.read_text(encoding="utf-8")), args.images)
+        write_text(DOCS / "editing.md", page)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,10 +17,46 @@ from .files import remove_temporary, writing
 from .sharding import split_like, whole
 
 _STATED = {"step", "optimizer"}  # in the header of every checkpoint
-_ANEW = "with another output, or with `resume: no`, which keeps the old checkpoints aside"
 
 Settings = Mapping[str, object]
-"""What a run was told: JSON, with groups in it."""
+"""JSON, with groups in it."""
+
+Header = Mapping[str, str]
+"""Of a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a run was told, and how a checkpoint that it goes on from may differ.
+
+    Attributes:
+        settings: all of it.
+        may_change: settings, or groups of them, that may be others than the checkpoint's.
+        defaults: what settings say that the checkpoint's run, of an earlier release, did not know of yet.
+        anew: how people begin without the checkpoint, for the message that refuses it.
+    """
+
+    settings: Settings = field(default_factory=dict)
+    may_change: tuple[str, ...] = ()
+    defaults: Settings = field(default_factory=dict)
+    anew: str = "with another output, or with `resume: no`, which keeps the old checkpoints aside"
+
+    def changed(self, header: Header) -> dict[str, tuple[str, str]]:
+        """What a checkpoint's run was told differently; as `differences`."""
+        return differences(json.loads(header.get("run") or "{}"), self.settings, self.defaults)
+
+    def check(self, path: Path, header: Header) -> None:
+        """Refuse the checkpoint of a run that was told something else than may change.
+
+        Raises:
+            ValueError: what, then and now.
+        """
+        refused = {name: values for name, values in self.changed(header).items() if not _is_among(name, self.may_change)}
+        if refused:
+            raise ValueError(
+                f"{path} is of a run with other settings:\n{listed(refused)}\nRestore them to go on from it; or begin anew, "
+                f"{self.anew}."
+            )
 
 
 class NotFinite(RuntimeError):  # noqa: N818  (it reads as a sentence)
@@ -59,7 +95,7 @@ def save_checkpoint(
         step: how many steps are done.
         average: by the same names.
         scaler: of fp16 losses.
-        settings: what the run was told; `load_checkpoint` refuses others.
+        settings: what the run was told.
         write: this process writes the file.
 
     Raises:
@@ -83,9 +119,9 @@ def save_checkpoint(
     check_finite(tensors, f"The state after step {step}")
     scalars = {"state": numbers, "groups": [_plain(group) for group in optimizer.param_groups]}
     scalars |= {"scaler": scaler.state_dict()} if scaler else {}
-    told = {"step": str(step), "run": json.dumps(settings or {}), "optimizer": json.dumps(scalars)}
+    header = {"step": str(step), "run": json.dumps(settings or {}), "optimizer": json.dumps(scalars)}
     with writing(path):
-        write_safetensors(tensors, path, told)
+        write_safetensors(tensors, path, header)
 
 
 def _plain(group: Mapping[str, object]) -> dict[str, object]:
@@ -129,32 +165,27 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     average: Mapping[str, torch.Tensor] | None = None,
     scaler: torch.amp.GradScaler | None = None,
-    settings: Settings | None = None,
-    may_change: Collection[str] = (),
-    anew: str = _ANEW,
-    defaults: Settings | None = None,
+    told: Told | None = None,
 ) -> int:
     """The reverse of `save_checkpoint`, in place; returns how many steps are done.
 
     Args:
-        path, parameters, optimizer, average, scaler, settings: as there.
-        may_change: settings, or groups of them, that may differ from the checkpoint's.
-        anew: how people begin without the checkpoint, for the message that refuses it.
-        defaults: what settings say that the checkpoint's run may not have known of yet.
+        path, parameters, optimizer, average, scaler: as there.
+        told: what this run was told.
 
     Raises:
         ValueError: the checkpoint is of other parameters than these, or of a run that was told something else; what.
     """
     with safe_open(path, framework="pt") as file, torch.no_grad():
         keys = sorted(file.keys())  # the same order in every process: parts are handed out together
-        told = file.metadata() or {}
-        if not told.keys() >= _STATED:
+        header = file.metadata() or {}
+        if not header.keys() >= _STATED:
             raise ValueError(f"{path} is not a checkpoint of this trainer. Move it away.")
-        _check_settings(path, told, settings, may_change, anew, defaults)
+        (told or Told()).check(path, header)
         found = {k.removeprefix("weight/"): file.get_slice(k).get_shape() for k in keys if k.startswith("weight/")}
         if found != {name: list(p.shape) for name, p in parameters.items()}:
             raise ValueError(f"{path} is of a run with other parameters. Restore the settings, or move it away.")
-        scalars = json.loads(told["optimizer"])
+        scalars = json.loads(header["optimizer"])
         for name, p in parameters.items():
             p.copy_(split_like(file.get_tensor(f"weight/{name}"), p))
             prefix = f"optimizer/{name}/"
@@ -171,26 +202,7 @@ def load_checkpoint(
             scaler.load_state_dict(scalars["scaler"])
         for name, p in (average or {}).items():
             p.copy_(split_like(file.get_tensor(f"average/{name}"), p))
-        return int(told["step"])
-
-
-def _check_settings(
-    path: Path,
-    header: Mapping[str, str],
-    settings: Settings | None,
-    may_change: Collection[str],
-    anew: str,
-    defaults: Settings | None,
-) -> None:
-    refused = {
-        name: values
-        for name, values in differences(json.loads(header.get("run") or "{}"), settings or {}, defaults).items()
-        if not _is_among(name, may_change)
-    }
-    if refused:
-        raise ValueError(
-            f"{path} is of a run with other settings:\n{listed(refused)}\nRestore them to go on from it; or begin anew, {anew}."
-        )
+        return int(header["step"])
 
 
 def _is_among(name: str, settings: Collection[str]) -> bool:
@@ -205,16 +217,12 @@ class Checkpoints:
     Args:
         folder: made when the first is saved.
         kept: how many; 0 keeps all.
-        settings: what the run was told.
-        may_change: settings, or groups of them, that may differ between a run and its continuation.
-        defaults: what settings say that an earlier release's checkpoint does not have.
+        told: what the run was told.
     """
 
     folder: Path
     kept: int
-    settings: Settings
-    may_change: tuple[str, ...] = ()
-    defaults: Settings | None = None
+    told: Told
 
     def all(self) -> list[Path]:
         """Oldest first."""
@@ -235,7 +243,7 @@ class Checkpoints:
     ) -> None:
         """Write one, then remove those beyond `kept`; as `save_checkpoint`, every process calls it."""
         path = self.folder / f"step-{step:08d}.safetensors"
-        save_checkpoint(path, parameters, optimizer, step, average, scaler, self.settings, write)
+        save_checkpoint(path, parameters, optimizer, step, average, scaler, self.told.settings, write)
         if not write:
             return
         self._remove_leftovers()
@@ -262,7 +270,7 @@ class Checkpoints:
         if path is None:
             return {}
         with safe_open(path, framework="pt") as file:
-            return differences(json.loads((file.metadata() or {}).get("run") or "{}"), self.settings, self.defaults)
+            return self.told.changed(file.metadata() or {})
 
     def check(self) -> None:
         """Whether a run could go on from the newest, by its header alone.
@@ -278,7 +286,7 @@ class Checkpoints:
             except (SafetensorError, OSError):
                 return  # `load_latest` says so
             if header.keys() >= _STATED:
-                _check_settings(path, header, self.settings, self.may_change, _ANEW, self.defaults)
+                self.told.check(path, header)
 
     def load_latest(
         self,
@@ -296,9 +304,7 @@ class Checkpoints:
         if path is None:
             return 0
         try:
-            return load_checkpoint(
-                path, parameters, optimizer, average, scaler, self.settings, self.may_change, defaults=self.defaults
-            )
+            return load_checkpoint(path, parameters, optimizer, average, scaler, self.told)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} cannot be read ({error}). Remove it to go on from the one before.") from error
 

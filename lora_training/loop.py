@@ -27,7 +27,7 @@ from pcm_scheduler.lora_file import AdapterSettings
 from pcm_scheduler.phases import PhaseGrid
 
 from .backbones import Conditioning, load_backbone
-from .checkpoint import Checkpoints, NotFinite, check_finite, flat, listed
+from .checkpoint import Checkpoints, NotFinite, Told, check_finite, flat, listed
 from .config import DTYPES, Precision, TrainConfig
 from .cpu import coming_device, keep_freed_memory, precision_here, use_plain_attention
 from .data.latent_cache import LatentCache, TrainingData
@@ -108,10 +108,9 @@ class Run:
                 f"mixed_precision is {precision}, as configured, and not accelerate's {_launched_precision()}", file=sys.stderr
             )
         self.mesh = shard_mesh(self.accelerator)
-        told = asdict(config) | {"num_processes": self.accelerator.num_processes}
-        self.checkpoints = Checkpoints(
-            self.folder / "checkpoints", config.checkpoints_kept, told, _MAY_CHANGE, defaults=asdict(TrainConfig())
-        )
+        settings = asdict(config) | {"num_processes": self.accelerator.num_processes}
+        told = Told(settings, _MAY_CHANGE, defaults=asdict(TrainConfig()))
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoints_kept, told)
         self._asked: list[int] = []  # signals to stop
         self.figures: dict[str, float] = {}  # of the last step: the parts of its loss, and the length of its gradient
         set_seed(config.seed)

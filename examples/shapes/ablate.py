@@ -24,7 +24,15 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
-from distil import CONFIGS, GUIDANCE_SCALES, REFERENCE_NOISE, overridden, search_set, train
+from distil import (
+    CONFIGS,
+    GUIDANCE_SCALES,
+    REFERENCE_NOISE,
+    UNGUIDED_GUIDANCE_SCALES,
+    overridden,
+    search_set,
+    train,
+)
 from evaluate import (
     TEACHER_STEPS,
     Judge,
@@ -57,7 +65,6 @@ UPDATES = 500
 IMAGES, SEARCH_IMAGES = 1024, 256
 ODE_PROMPTS, ODE_SOLVER_STEPS = 32, 100
 NOISE = 2
-UNGUIDED_GUIDANCE_SCALES = (2.0, 3.5, 5.0)  # of adapters that have not taken in the teacher's
 STEPS = (1, 2, 4, 8)
 BASE = {  # of all rows; else they are as the configuration that ships
     "objective.name": "pcm", "objective.starts": "data", "optimizer.learning_rate": 3e-4,

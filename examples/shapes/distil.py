@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ FURTHER: dict[str, dict[str, Any]] = {  # by file; what differs from PCM's confi
         "sampling.num_inference_steps": 1, "adversarial.weight": 0.1, "title": "Shapes PCM, 1 phase, adversarial",
     },
     "pcm_4phase_unguided": {
-        "objective.guidance_scale": 1.0, "data.caption_dropout": 0.1, "sampling.guidance_scale": 5.0,
+        "objective.guidance_scale": 1.0, "data.caption_dropout": 0.1,
         "title": "Shapes PCM, 4 phases, unguided teacher",
     }
 }  # fmt: skip
@@ -73,6 +74,8 @@ SEARCHED: dict[str, dict[str, tuple[Any, ...]]] = {  # one after the other, the 
 }
 REFERENCE_NOISE, SEARCH_NOISE = 1, 2
 GUIDANCE_SCALES = (1.0, 1.5, 2.0)
+UNGUIDED_GUIDANCE_SCALES = (2.0, 3.5, 5.0)  # of adapters that have not taken in the teacher's
+STEPS = 4
 CONFIGS = {name: HERE.parent / "configs" / f"{file}.yaml" for name, file in (("PCM", "shapes_pcm4"), ("LCM", "shapes_lcm"))}
 FOLDER = RUNS_DIR / "search" / model_fingerprint()  # of what is trained
 Settings = dict[str, Any]  # by their full names
@@ -124,6 +127,7 @@ def search(
     return rows
 
 
+@cache
 def search_set(images: int) -> tuple[list[str], torch.Tensor, FrechetInceptionDistance]:
     """What settings are chosen by: prompts of other scenes, noise, the distance to the teacher's pictures."""
     prompts, latents = prompts_of(held_out_scenes(images, SEARCH_SEED)), noise(images, SEARCH_NOISE)
@@ -132,23 +136,39 @@ def search_set(images: int) -> tuple[list[str], torch.Tensor, FrechetInceptionDi
     return prompts, latents, metric
 
 
+def sampled(path: Path, images: int, guidance_scales: Sequence[float]) -> Iterator[Settings]:
+    """How near to the teacher a trained file draws, at each guidance."""
+    prompts, latents, metric = search_set(images)
+    studio = Studio(adapters={path.stem: path}, fast=True)
+    for guidance_scale in guidance_scales:
+        method = dataclasses.replace(studio.methods[path.stem], guidance_scale=guidance_scale)
+        found = distance(metric, studio.generate(method, prompts, latents, STEPS))
+        row = {"guidance_scale": guidance_scale, "frechet": round(found, 3)}
+        print(path.stem, row, flush=True)
+        yield row
+
+
+def nearest_to_the_teacher(row: Settings) -> float:
+    """The order of rows."""
+    return row["frechet"]
+
+
 def search_images(name: str, images: int) -> list[Settings]:
     """Of PCM or LCM; the nearest to the teacher first."""
-    prompts, latents, metric = search_set(images)
 
     def measured(settings: Settings) -> Iterator[Settings]:
         path = trained_with(FOLDER, name, settings)
         if not path.exists():
             train(overridden(CONFIGS[name], settings | {"output": path}))
-        studio = Studio(adapters={name: path}, fast=True)
-        for guidance_scale in GUIDANCE_SCALES:
-            method = dataclasses.replace(studio.methods[name], guidance_scale=guidance_scale)
-            found = distance(metric, studio.generate(method, prompts, latents, steps=4))
-            row = {"guidance_scale": guidance_scale, "frechet": round(found, 3)}
-            print(name, settings | row, flush=True)
-            yield row
+        return sampled(path, images, GUIDANCE_SCALES)
 
-    return search(CONFIGS[name], SEARCHED[name], measured, lambda row: row["frechet"])
+    return search(CONFIGS[name], SEARCHED[name], measured, nearest_to_the_teacher)
+
+
+def write_search(output: Path, images: int, rows: list[Settings]) -> None:
+    """The table of a search, beside the adapter that it chose."""
+    table = {"model": model_fingerprint(), "images": images, "rows": rows}
+    write_text(output.with_suffix(".search.json"), json.dumps(table, indent=1) + "\n")
 
 
 def publish(path: Path, output: Path, config: TrainConfig) -> None:
@@ -159,13 +179,21 @@ def publish(path: Path, output: Path, config: TrainConfig) -> None:
     print(f"{output}: guidance {config.sampling.guidance_scale:g}", flush=True)
 
 
-def distil_further(name: str, chosen: Settings) -> None:
-    """One of the further adapters, with what the search chose for PCM unless it says another."""
-    path = FOLDER / f"{name}.safetensors"
-    config = overridden(CONFIGS["PCM"], chosen | {"output": path} | FURTHER[name])
+def distil_further(name: str, chosen: Settings, images: int) -> None:
+    """One of the further adapters, with what the search chose for PCM unless it says another.
+
+    Of one that has not taken in its teacher's guidance the sampling guidance is searched.
+    """
+    path, output = FOLDER / f"{name}.safetensors", ADAPTERS["PCM"].with_stem(name)
+    settings = chosen | {"output": path} | FURTHER[name]
+    config = overridden(CONFIGS["PCM"], settings)
     if not path.exists():
         train(config)
-    publish(path, ADAPTERS["PCM"].with_stem(name), config)
+    if config.objective.guidance_scale == 1:
+        rows = sorted(sampled(path, images, UNGUIDED_GUIDANCE_SCALES), key=nearest_to_the_teacher)
+        write_search(output, images, rows)
+        config = overridden(CONFIGS["PCM"], settings | {"sampling.guidance_scale": rows[0]["guidance_scale"]})
+    publish(path, output, config)
 
 
 def main() -> None:
@@ -180,15 +208,14 @@ def main() -> None:
         rows = search_images(name, args.search_images)
         output = ADAPTERS[name]
         output.parent.mkdir(parents=True, exist_ok=True)
-        table = {"model": model_fingerprint(), "images": args.search_images, "rows": rows}
-        write_text(output.with_suffix(".search.json"), json.dumps(table, indent=1) + "\n")
+        write_search(output, args.search_images, rows)
         chosen = {key: rows[0][key] for key in SEARCHED[name]}
         sampling = {"sampling.guidance_scale": rows[0]["guidance_scale"]}
         publish(trained_with(FOLDER, name, chosen), output, overridden(CONFIGS[name], chosen | sampling))
         if name != "PCM":
             continue
         for further in [args.further] if args.further else FURTHER:
-            distil_further(further, chosen)
+            distil_further(further, chosen, args.search_images)
 
 
 if __name__ == "__main__":

@@ -108,6 +108,15 @@ class Studio:
             self.methods[name] = Method(name, settings.guidance_scale, settings.eta)
             self.schedulers[name] = self.pipe.scheduler
 
+    def select(self, name: str) -> None:
+        """The pipeline with this adapter and its scheduler, or as the bare `teacher`."""
+        self.pipe.scheduler = self.schedulers[name]
+        if name in self.adapters:
+            self.pipe.enable_lora()
+            self.pipe.set_adapters(self._peft_names[name])
+        elif self.adapters:
+            self.pipe.disable_lora()
+
     def generate(
         self,
         method: Method,
@@ -132,12 +141,7 @@ class Studio:
         Returns:
             uint8 pictures (N, 3, 128, 128).
         """
-        self.pipe.scheduler = self.schedulers[method.name]
-        if method.name in self.adapters:
-            self.pipe.enable_lora()
-            self.pipe.set_adapters(self._peft_names[method.name])
-        elif self.adapters:
-            self.pipe.disable_lora()
+        self.select(method.name)
         pictures = []
         for start in tqdm(range(0, len(prompts), batch), desc=progress, disable=progress is None):
             images = self.pipe(

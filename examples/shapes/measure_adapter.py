@@ -1,6 +1,6 @@
 """Measure adapters of the shapes model that you trained, as docs/results.md measures the shipped ones. A minute or two each.
 
-python examples/shapes/measure_adapter.py outputs/my_pcm.safetensors --steps 4
+python examples/shapes/measure_adapter.py outputs/my_pcm.safetensors --steps 2 4 8
 python examples/shapes/measure_adapter.py outputs/my_xl_pcm.safetensors --model shapes-xl
 
 The distance is to the same model's teacher, so figures of one model say nothing beside the other's. The first measurement
@@ -10,6 +10,7 @@ after the shapes-xl model has changed draws its teacher's pictures, half an hour
 from __future__ import annotations
 
 import argparse
+from itertools import product
 from pathlib import Path
 
 from evaluate import (
@@ -67,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--model", choices=list(MODELS), default="shapes", help="what they adapt")
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, nargs="+", default=[4], help="one row for each")
     parser.add_argument("--images", type=int, default=2048, help="fewer are no measure of distance: it grows as they get fewer")
     parser.add_argument("--out", type=Path, help="write the table into this file, too, in Markdown")
     args = parser.parse_args()
@@ -80,13 +81,13 @@ def main() -> None:
     scenes, latents = held_out_scenes(args.images), noise(args.images, NOISE)
     prompts, rows = prompts_of(scenes), []
     keep_statistics(statistics, studio, jury, prompts)
-    for path in args.files:
+    for steps, path in product(args.steps, args.files):
         method = studio.methods[str(path)]
-        images = studio.generate(method, prompts, latents, args.steps, progress=path.name)
+        images = studio.generate(method, prompts, latents, steps, progress=f"{path.name}, {steps} steps")
         right = jury.alignment(images, scenes)
         shares = [f"{100 * right[key]:.1f}%" for key in ("shape_and_colour", "place", "background")]
         rows.append(
-            [path.name, args.steps, f"{method.guidance_scale:g}", f"{jury.frechet_to_teacher(images, statistics):.2f}", *shares]
+            [path.name, steps, f"{method.guidance_scale:g}", f"{jury.frechet_to_teacher(images, statistics):.2f}", *shares]
         )
     headers = ["file", "steps", "guidance", "Frechet distance x 1000", "shape and colour", "place", "background"]
     print(tabulate(rows, headers=headers, disable_numparse=True))

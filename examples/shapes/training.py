@@ -19,7 +19,7 @@ from accelerate import PartialState
 from torch import nn
 from tqdm import tqdm
 
-from lora_training.checkpoint import load_checkpoint, save_checkpoint
+from lora_training.checkpoint import Told, load_checkpoint, save_checkpoint
 from lora_training.cpu import coming_device
 from lora_training.optimizers import average_gradients
 from lora_training.randomness import generator_of, seed_of
@@ -79,7 +79,7 @@ def train(
     told |= {"seed": seed, "processes": processes.num_processes, **settings}
     first = 0
     if checkpoint.exists():
-        first = load_checkpoint(checkpoint, parameters, optimizer, average, settings=told, anew="without that file")
+        first = load_checkpoint(checkpoint, parameters, optimizer, average, told=Told(told, anew="without that file"))
     bar = tqdm(
         range(first, steps), initial=first, total=steps, desc=checkpoint.stem, mininterval=2.0,
         disable=not processes.is_main_process,

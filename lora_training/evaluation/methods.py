@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,9 @@ from pcm_scheduler.phases import PhaseGrid
 from pcm_scheduler.scheduling_pcm import PCMScheduler
 
 from ..randomness import generator_of
+from .exact import exact_jumps
+
+EXACT_SOLVER_STEPS = 50
 
 
 @dataclass(frozen=True)
@@ -63,19 +67,20 @@ class MethodConfig:
     Attributes:
         name: in tables, and of its folder of pictures.
         adapter: a LoRA file; empty: the model itself.
-        scheduler: `pcm` keeps to the edges that the adapter states; the others are diffusers' own.
+        scheduler: `pcm` keeps to the edges that the adapter states; `exact`, without an adapter, is the model's own ODE solved
+            to those of `num_phases`, the most that an adapter of an unguided teacher can do; the others are diffusers' own.
         steps: numbers of sampling steps.
         guidance_scale: g; None: what the adapter recommends, 1 without one.
         eta: of the scheduler; None: what the adapter recommends with `pcm`, and otherwise what the scheduler is known for.
-        num_phases, num_solver_steps: of an adapter whose file does not say; 0: it does. With other schedulers than `pcm`, which
-            know no phases, neither is needed.
+        num_phases, num_solver_steps: of an adapter whose file does not say, 0: it does; or of `exact`, where 0 solver steps are
+            50. With other schedulers, which know no phases, neither is needed.
         timesteps: where `pcm` stops instead of at the grid's own, such as `python -m lora_training.evaluation.search` finds;
             `steps` is their number. Where other numbers of steps are measured, such as for guidance, those keep the grid's own.
     """
 
     name: str
     adapter: str = ""
-    scheduler: Literal["pcm", "ddim", "dpmpp", "unipc", "euler", "lcm", "tcd"] = "pcm"
+    scheduler: Literal["pcm", "exact", "ddim", "dpmpp", "unipc", "euler", "lcm", "tcd"] = "pcm"
     steps: tuple[int, ...] = (1, 2, 4, 8, 16)
     guidance_scale: float | None = None
     eta: float | None = None
@@ -96,8 +101,10 @@ class MethodConfig:
         if self.eta and self.scheduler in RIVALS and RIVALS[self.scheduler].eta is None:
             known = ", ".join(["pcm", *(name for name, rival in RIVALS.items() if rival.eta is not None)])
             raise ValueError(f"Method {self.name}: the scheduler {self.scheduler} has no eta; {known} have. Leave it out.")
+        if self.scheduler == "exact" and (self.adapter or not self.num_phases):
+            raise ValueError(f"Method {self.name}: the scheduler exact has num_phases, from 1 on, and no adapter.")
         for given in ("num_phases", "num_solver_steps"):
-            if getattr(self, given) < 0 or (getattr(self, given) and not self.adapter):
+            if getattr(self, given) < 0 or (getattr(self, given) and not self.adapter and self.scheduler != "exact"):
                 raise ValueError(f"Method {self.name}: {given} is of an adapter, from 1 on; got {getattr(self, given)}.")
         if self.timesteps and self.scheduler != "pcm":
             raise ValueError(f"Method {self.name}: timesteps are for the scheduler pcm, and this one has {self.scheduler}.")
@@ -158,6 +165,8 @@ class Gallery:
                 if method.timesteps:
                     self.use_timesteps(method.name, method.timesteps)
                 eta = settings.eta if settings else 0.0
+            elif method.scheduler == "exact":
+                self._schedulers[method.name], eta = self._exact(method, config), 0.0
             else:
                 rival = RIVALS[method.scheduler]
                 self._schedulers[method.name] = rival.scheduler.from_config(config, **rival.options)
@@ -178,6 +187,18 @@ class Gallery:
             return load_pcm_lora(
                 self.pipe, method.adapter, adapter_name=name, num_phases=num_phases, num_solver_steps=num_solver_steps
             )
+        except ValueError as error:
+            raise ValueError(f"Method {method.name}: {error}") from error
+
+    def _exact(self, method: MethodConfig, config: dict[str, Any]) -> PCMScheduler:
+        """The phases of a method without an adapter, on a model's own schedule.
+
+        Raises:
+            ValueError: the grid has no such phases.
+        """
+        phases = {"num_phases": method.num_phases, "num_solver_steps": method.num_solver_steps or EXACT_SOLVER_STEPS}
+        try:
+            return PCMScheduler.from_config(config, **phases)
         except ValueError as error:
             raise ValueError(f"Method {method.name}: {error}") from error
 
@@ -270,20 +291,22 @@ class Gallery:
             ValueError: some came out as NaN or infinite, which would be kept and measured as black; which.
         """
         self.put_in_place(name)
+        exact = self.methods[name].scheduler == "exact"
         latents = self.noise(indices, size, seed).to(self.pipe.unet.device, self.pipe.unet.dtype)
-        drawn = self.pipe(
-            prompt=list(prompts),
-            negative_prompt=list(negative_prompts) if negative_prompts and any(negative_prompts) else None,
-            latents=latents,
-            num_inference_steps=steps,
-            guidance_scale=self._guidance[name] if guidance_scale is None else guidance_scale,
-            eta=self._eta[name],
-            generator=[generator_of(seed, i, 1) for i in indices],
-            height=size[0],
-            width=size[1],
-            output_type=output_type,
-            **({"num_frames": self.frames} if self.frames else {}),
-        )
+        with exact_jumps(self.pipe.unet, self.pipe.scheduler) if exact else nullcontext():
+            drawn = self.pipe(
+                prompt=list(prompts),
+                negative_prompt=list(negative_prompts) if negative_prompts and any(negative_prompts) else None,
+                latents=latents,
+                num_inference_steps=steps,
+                guidance_scale=self._guidance[name] if guidance_scale is None else guidance_scale,
+                eta=self._eta[name],
+                generator=[generator_of(seed, i, 1) for i in indices],
+                height=size[0],
+                width=size[1],
+                output_type=output_type,
+                **({"num_frames": self.frames} if self.frames else {}),
+            )
         found = drawn.frames if self.frames else drawn.images
         bad = [n for n, one in zip(indices, found, strict=True) if not one.isfinite().all()]
         if bad:

@@ -465,7 +465,9 @@ def test_another_number_of_processes_is_said(folder, tmp_path, monkeypatch, caps
     """The batch is another one then. A checkpoint of two processes, gone on with in one."""
     config = tiny_config(folder, tmp_path / "a.safetensors")
     stopped = Run(config)
-    stopped.checkpoints = dataclasses.replace(stopped.checkpoints, settings=stopped.checkpoints.settings | {"num_processes": 2})
+    told = stopped.checkpoints.told
+    of_two = dataclasses.replace(told, settings=told.settings | {"num_processes": 2})
+    stopped.checkpoints = dataclasses.replace(stopped.checkpoints, told=of_two)
     with monkeypatch.context() as patch:
         stop_at(patch, 3)
         with pytest.raises(Interrupted):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
+import distil
 import numpy as np
 import pytest
 import torch
@@ -22,6 +24,8 @@ from evaluate import (
 )
 from safetensors import safe_open
 from write_dataset import write_dataset
+
+from pcm_scheduler.lora_file import read_settings
 
 from attributes import AttributeHeads, attribute_loss, judge, load_classifier
 from model import load_pipeline
@@ -212,13 +216,36 @@ def test_a_search_changes_one_setting_after_the_other_and_keeps_the_best():
 
 @pytest.mark.parametrize("name", [*ADAPTERS, *FURTHER])
 def test_shipped_adapters_are_of_the_configurations_beside_them(name):
-    with safe_open(ADAPTERS.get(name, ADAPTERS["PCM"].with_stem(name)), framework="pt") as file:
+    path = ADAPTERS.get(name, ADAPTERS["PCM"].with_stem(name))
+    with safe_open(path, framework="pt") as file:
         made_with = json.loads(file.metadata()["pcm_trainer.config"])
-    now = json.loads(json.dumps(asdict(overridden(CONFIGS.get(name, CONFIGS["PCM"]), FURTHER.get(name, {})))))
+    settings = FURTHER.get(name, {})
+    if settings.get("objective.guidance_scale") == 1:  # its sampling guidance was searched
+        table = json.loads(path.with_suffix(".search.json").read_text(encoding="utf-8"))
+        assert table["model"] == model_fingerprint()
+        settings = settings | {"sampling.guidance_scale": table["rows"][0]["guidance_scale"]}
+        assert read_settings(path).guidance_scale == table["rows"][0]["guidance_scale"]
+    now = json.loads(json.dumps(asdict(overridden(CONFIGS.get(name, CONFIGS["PCM"]), settings))))
     for section in ("model", "data", "objective", "optimizer", "sampling"):
         assert {key: now[section].get(key) for key in made_with[section]} == made_with[section]
     assert name in FURTHER or Path(now["output"]).name == made_with["output"]
     assert {key: now[key] for key in ("seed", "title", "mixed_precision")}.items() <= made_with.items()
+
+
+def test_an_adapter_without_its_teachers_guidance_recommends_what_draws_nearest(tmp_path, monkeypatch):
+    name = "pcm_4phase_unguided"
+    trained = ADAPTERS["PCM"].with_stem(name)
+    monkeypatch.setattr(distil, "FOLDER", tmp_path)
+    monkeypatch.setattr(distil, "ADAPTERS", {"PCM": tmp_path / "out" / "pcm.safetensors"})
+    monkeypatch.setattr(distil, "train", lambda config: shutil.copy(trained, config.output))
+    found = {2.0: 9.0, 3.5: 1.0, 5.0: 4.0}
+    monkeypatch.setattr(distil, "sampled", lambda *_: [{"guidance_scale": g, "frechet": found[g]} for g in found])
+    (tmp_path / "out").mkdir()
+    distil.distil_further(name, {"optimizer.learning_rate": 1e-3}, images=2)
+    written = tmp_path / "out" / f"{name}.safetensors"
+    assert read_settings(written).guidance_scale == 3.5
+    rows = json.loads(written.with_suffix(".search.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["guidance_scale"] for row in rows] == [3.5, 5.0, 2.0]
 
 
 def test_stored_teacher_statistics_are_of_the_shipped_model():
