@@ -4,7 +4,7 @@
     python benchmarks/editing.py --task inpaint  one of them, so that cores can share; the page needs them all
     python benchmarks/editing.py --search        what `STRATEGIES` are chosen from, on other scenes; the page says what it found
 
-Of drawn scenes a part is hidden (a quarter of the picture around its first object), or the colours, or the detail, or noise is
+Of drawn scenes a part is hidden (a disc around the first object), or the colours, or the detail, or noise is
 laid over it; every method gets the same measurement, caption and noise.
 """
 
@@ -62,7 +62,7 @@ FACTOR, NOISE_LEVEL = 8, 40.0  # of enlargement; in grey levels
 INVERTED = 64  # scenes, for what costs a hundred forwards a picture
 CANDIDATE_STRENGTHS = (0.4, 0.6, 0.8, 1.0)
 SEARCH_SCENES, SEARCH_STEPS = 128, 4
-HIDDEN = 32  # half a side of the hidden square, in pixels
+HIDDEN = 36  # radius of the hidden disc, in pixels
 
 
 EXACT_TASKS = ("inpaint", "colorize", "super_resolve")
@@ -90,13 +90,11 @@ class Case:
 
 
 def hidden_regions(scenes: list[Scene]) -> torch.Tensor:
-    """Kept pixels (N, 1, H, W): all but a square around the first object."""
-    kept = torch.ones(len(scenes), 1, *SIZE, dtype=torch.bool)
-    for i, scene in enumerate(scenes):
-        x, y = PLACES[scene.objects[0].place]
-        left, top = (max(0, min(c - HIDDEN, IMAGE_SIZE - 2 * HIDDEN)) for c in (x, y))
-        kept[i, :, top : top + 2 * HIDDEN, left : left + 2 * HIDDEN] = False
-    return kept
+    """Kept pixels (N, 1, H, W): all but a disc around the first object, whose rim cuts through latents as people's masks do."""
+    rows, columns = torch.meshgrid(*(torch.arange(side) for side in SIZE), indexing="ij")
+    centres = torch.tensor([PLACES[scene.objects[0].place] for scene in scenes])
+    away = (columns - centres[:, 0, None, None]) ** 2 + (rows - centres[:, 1, None, None]) ** 2
+    return (away > HIDDEN**2).unsqueeze(1)
 
 
 def in_eight_bits(pictures: torch.Tensor) -> torch.Tensor:
@@ -369,7 +367,7 @@ def other(colour: str) -> str:
 
 
 TITLES = {
-    "inpaint": f"Inpainting: a square of {2 * HIDDEN} pixels around the first object is hidden",
+    "inpaint": f"Inpainting: a disc of radius {HIDDEN} pixels around the first object is hidden",
     "colorize": "Colouring: the luminance is given",
     "super_resolve": f"Enlarging {FACTOR} times: the means of blocks of {FACTOR} x {FACTOR} pixels are given",
     "denoise": f"Taking out noise of {NOISE_LEVEL:g} grey levels",
@@ -427,15 +425,15 @@ Nearest to the original of all methods of at most {max(STEPS)} steps:
 
 {leaders}
 
-What `PCMEditPipeline` does by default, in {SEARCH_STEPS} steps on {SEARCH_SCENES} other scenes (`--search`). Of what is about
-as good the cheaper was taken; strengths are from a search with an earlier adapter:
+What `PCMEditPipeline` does by default, in {SEARCH_STEPS} steps on {SEARCH_SCENES} other scenes (`--search`); strengths are
+from a search with an earlier adapter:
 
 {chosen}
 
-An x_0 of an early phase is not the ODE's end, so one might expect projections there to harm. Measured, in colouring and
-enlarging they help most, and most with new noise: the projected x_0 is nearer to the truth than the network's, and new noise
-lets the next step believe it, while eps = (x - alpha x_0) / sigma of a changed x_0 carries the change into the noise. In
-inpainting known latents do as well, and need no passes through the VAE on the way.
+An x_0 of an early phase is not the ODE's end, so one might expect projections there to harm. Measured, they help most, and most
+with new noise: the projected x_0 is nearer to the truth than the network's, and new noise lets the next step believe it, while
+eps = (x - alpha x_0) / sigma of a changed x_0 carries the change into the noise. In inpainting known latents cost no passes
+through the VAE on the way, but know nothing of the pixels that are kept beside the rim of what is hidden.
 
 {tables}
 

@@ -48,7 +48,7 @@ EVERY_STEP = Strategy()  # from pure noise, for what is no named task
 
 # Measured on the shapes model: docs/editing.md has the figures and `benchmarks/editing.py` writes them.
 STRATEGIES = {
-    "inpaint": Strategy("end", known=True, strength=0.8, eta=1.0),
+    "inpaint": Strategy("all", strength=0.8, eta=1.0),
     "colorize": Strategy("all", strength=0.6, eta=1.0),
     "super_resolve": Strategy("all", strength=0.6, eta=1.0),
     "stroke": Strategy("end", strength=0.6),
