@@ -457,9 +457,9 @@ Cosine between the classifier's embeddings of the pictures of a prompt and a noi
 ## Guidance
 
 Alignment and saturation at 4 steps over the sampling guidance. An adapter of a guided teacher has its guidance in its weights;
-one of an unguided teacher leaves it to the sampler. "{EXACT}" is that teacher itself, its ODE solved to the edge of each phase
-with the text and without, so that guidance acts four times instead of everywhere on the way: what there is to learn for an
-adapter of four phases.
+one of an unguided teacher leaves it to the sampler. "{EXACT}" is that teacher itself, its ODE solved to the edge of each
+phase in five steps, with the text and without, so that guidance acts four times instead of everywhere on the way: what there is
+to learn for an adapter of four phases.
 
 {guidance_table(report)}
 
