@@ -10,7 +10,7 @@ TWO_PROCESSES := ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 $(PY) -m accelerate.c
 	--config_file examples/accelerate/two_processes_cpu.yaml
 EVALUATE := $(TWO_PROCESSES) -m lora_training.evaluation
 
-.PHONY: help install test test-hard test-lowest lint types demo demo-edit demo-video report bench shapes shapes_video shapes_xl adapters adapters_video adapter_xl clean
+.PHONY: help install test test-hard test-lowest lint types demo demo-edit demo-video report report-video bench shapes shapes_video shapes_xl adapters adapters_video adapter_xl clean
 
 help: ## what can be made
 	@grep -E '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -53,14 +53,17 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(PY) -m mypy pcm_scheduler lora_training
 
-report: $(STAMP) ## docs/results.md: every claim measured on the shapes model; an hour
+report: $(STAMP) ## docs/results.md: every claim measured on the shapes model; an hour on two cores
 	$(PY) examples/shapes/write_prompts.py outputs/shapes_prompts.txt --count 512
 	$(PY) examples/shapes/write_prompts.py outputs/shapes_pairs.jsonl --count 128
 	$(EVALUATE) examples/evaluation/shapes.yaml
+	$(PY) examples/shapes/report.py
+
+report-video: $(STAMP) ## the section on clips in docs/results.md; half an hour on two cores
 	$(PY) examples/shapes/write_prompts.py outputs/shapes_video_prompts.txt --moving --count 96
 	$(PY) examples/shapes/video_model.py outputs/shapes_video_model
 	$(EVALUATE) examples/evaluation/shapes_video.yaml
-	$(PY) examples/shapes/report.py
+	$(PY) examples/shapes/report.py --kept
 
 bench: $(STAMP) ## the tables in benchmarks/README.md and docs/editing.md; hours
 	$(PY) benchmarks/scheduler_step.py --write

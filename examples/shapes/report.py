@@ -1,10 +1,11 @@
 """What was claimed of few-step methods, measured on the shapes model: writes docs/results.md and its pictures.
 
-make report        (or: python examples/shapes/report.py, after the evaluation whose report.json it reads)
-python examples/shapes/report.py --kept        only the sections on what `ablate.py` and the search have kept: a second
+    make report        (or: python examples/shapes/report.py, after the evaluation whose report.json it reads)
+    make report-video  (or: python examples/shapes/report.py --kept, after that of clips)
 
-Two sources: the report of `examples/evaluation/shapes.yaml`, which draws with the shipped adapters, and the figures that
-`ablate.py` keeps in `ablations/` of adapters that do not ship.
+Of three sources: the reports of `examples/evaluation/shapes.yaml` and `shapes_video.yaml`, which draw with the shipped adapters,
+and the figures that `ablate.py` and the search of sampling times keep in `ablations/`. With `--kept` the sections on pictures
+stay as they are.
 """
 
 from __future__ import annotations
@@ -403,18 +404,18 @@ Three seeds of training, one noise: means ± standard deviations of the Frechet 
 {seeds_table(figures)}"""
 
 
-def document(report: Row, figures: Figures, floor: float, video_report: Path) -> str:
+def document(report: Row, figures: Figures, floor: float, clips_section: str) -> str:
     """docs/results.md.
 
     Args:
         report: of the evaluation of pictures.
         figures: of ablations.
         floor: the distance of the teacher beside itself.
-        video_report: the file of the evaluation of clips, which may not be there.
+        clips_section: what stands below the heading of clips.
     """
     return f"""# Results on the shapes model
 
-Written by `make report`; no figure is typed by hand. They are of a small model on drawn scenes and say nothing about Stable
+Written by `make report`, the section on clips by `make report-video`; no figure is typed by hand. They are of a small model on drawn scenes and say nothing about Stable
 Diffusion.
 
 ## Methods and numbers of steps
@@ -482,7 +483,7 @@ noise leaves the ODE by it, so there a single step is measured alone.
 
 ## {CLIPS}
 
-{clips(video_report)}
+{clips_section}
 
 ## {SETTINGS}
 
@@ -500,16 +501,18 @@ def with_sections(text: str, sections: Mapping[str, str]) -> str:
     Raises:
         ValueError: the document has no such section.
     """
-    parts = re.split(r"(?m)^(?=## )", text)
-    headings = [part.partition("\n")[0].removeprefix("## ") for part in parts]
-    missing = sections.keys() - set(headings)
+    start, there = split_sections(text)
+    missing = sections.keys() - there.keys()
     if missing:
-        raise ValueError(f"The document has no section named {', '.join(sorted(missing))}; it has {', '.join(headings[1:])}.")
-    anew = [
-        f"## {heading}\n\n{sections[heading]}\n\n" if heading in sections else part
-        for heading, part in zip(headings, parts, strict=True)
-    ]
-    return "".join(anew).rstrip("\n") + "\n"
+        raise ValueError(f"The document has no section named {', '.join(sorted(missing))}; it has {', '.join(there)}.")
+    return "\n\n".join([start, *(f"## {heading}\n\n{below}" for heading, below in (there | sections).items())]) + "\n"
+
+
+def split_sections(text: str) -> tuple[str, dict[str, str]]:
+    """What stands before a document's first section, and heading -> what stands below it."""
+    start, *parts = re.split(r"(?m)^(?=## )", text)
+    split = (part.removeprefix("## ").partition("\n") for part in parts)
+    return start.strip(), {heading: below.strip("\n") for heading, _, below in split}
 
 
 def sheet_rows(config: Any) -> dict[str, torch.Tensor]:
@@ -549,7 +552,9 @@ def main() -> None:
     save(contact_sheet(sheet_rows(config)), args.out / "contact_sheet.png")
     drawn = {path.stem: path for path in plot(report["rows"], Path(config.output))}
     (args.out / "results_frechet_distance.png").write_bytes(drawn["frechet_distance"].read_bytes())
-    write_text(document_file, document(report, figures, floor, video_report))
+    shown = split_sections(document_file.read_text(encoding="utf-8"))[1] if document_file.is_file() else {}
+    clips_section = shown[CLIPS] if CLIPS in shown and not video_report.is_file() else clips(video_report)
+    write_text(document_file, document(report, figures, floor, clips_section))
 
 
 if __name__ == "__main__":

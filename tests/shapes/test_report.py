@@ -52,6 +52,7 @@ def test_sections_are_written_anew_and_the_others_stay():
     text = "# Title\n\nfirst\n\n## One\n\nold\n\n### Part of one\n\nold too\n\n## Two\n\nkept\n"
     assert report.with_sections(text, {"One": "new"}) == "# Title\n\nfirst\n\n## One\n\nnew\n\n## Two\n\nkept\n"
     assert report.with_sections(text, {"Two": "new"}) == text.replace("kept", "new")
+    assert report.split_sections(text) == ("# Title\n\nfirst", {"One": "old\n\n### Part of one\n\nold too", "Two": "kept"})
     with pytest.raises(ValueError, match=r"no section named Three; it has One, Two"):
         report.with_sections(text, {"Three": "new"})
 
