@@ -3,9 +3,9 @@
     make report        (or: python examples/shapes/report.py, after the evaluation whose report.json it reads)
     make report-video  (or: python examples/shapes/report.py --kept, after that of clips)
 
-Of three sources: the reports of `examples/evaluation/shapes.yaml` and `shapes_video.yaml`, which draw with the shipped adapters,
-and the figures that `ablate.py` and the search of sampling times keep in `ablations/`. With `--kept` the sections on pictures
-stay as they are.
+Of three sources: the reports of `examples/evaluation/shapes.yaml` and `shapes_video.yaml`, which draw with the shipped
+adapters, and the figures that `ablate.py` and the search of sampling times keep in `ablations/`. With `--kept` the sections on
+pictures stay as they are.
 """
 
 from __future__ import annotations
@@ -415,8 +415,8 @@ def document(report: Row, figures: Figures, floor: float, clips_section: str) ->
     """
     return f"""# Results on the shapes model
 
-Written by `make report`, the section on clips by `make report-video`; no figure is typed by hand. They are of a small model on drawn scenes and say nothing about Stable
-Diffusion.
+Written by `make report`, the section on clips by `make report-video`; no figure is typed by hand. They are of a small model on
+drawn scenes and say nothing about Stable Diffusion.
 
 ## Methods and numbers of steps
 
