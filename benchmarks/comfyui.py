@@ -7,6 +7,7 @@ Needs a ComfyUI checkout and a Python with its requirements.
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import sys
@@ -115,6 +116,7 @@ def page(found: InComfyUI, differences: Sequence[float]) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     if "COMFYUI_PATH" not in os.environ:
         raise SystemExit("Set COMFYUI_PATH to a ComfyUI checkout, and COMFYUI_PYTHON to a Python with its requirements.")
     found = in_comfyui(CASES, ROOT)

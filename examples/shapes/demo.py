@@ -14,12 +14,13 @@ from pictures import contact_sheet, save, to_pil
 from tabulate import tabulate
 
 PROMPT = "a large red star on the left and a small blue ring on the right on a dotted mint background"
-SHOWN, JUDGED = 9, 32
+SHOWN = 9
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("outputs/demo"))
+    parser.add_argument("--pictures", type=int, default=32, help="that are judged, of each method and number of steps")
     args = parser.parse_args()
 
     studio, jury = Studio(), Judge()
@@ -30,8 +31,8 @@ def main() -> None:
     save(to_pil(picture).resize((512, 512)), args.out / "picture.png")
     print(f'"{PROMPT}", 4 steps: {args.out / "picture.png"}')
 
-    scenes = held_out_scenes(JUDGED)
-    prompts, latents = prompts_of(scenes), noise(JUDGED, seed=3)
+    scenes = held_out_scenes(args.pictures)
+    prompts, latents = prompts_of(scenes), noise(args.pictures, seed=3)
     runs = [(method, steps) for method in ("PCM", "LCM") for steps in STEPS] + [("teacher", TEACHER_STEPS)]
     images: dict[tuple[str, int], torch.Tensor] = {}
     for name, steps in runs:
@@ -58,7 +59,9 @@ def main() -> None:
         )
     headers = ["", "steps", "shape and colour", "place", "1 against 16 steps", "seconds per image"]
     print(tabulate(rows, headers=headers, disable_numparse=True))
-    print(f"\n{JUDGED} held-out prompts; shares of pictures judged right; cosine between the 1-step and the 16-step picture.")
+    print(
+        f"\n{args.pictures} held-out prompts; shares of pictures judged right; cosine between the pictures of 1 and 16 steps."
+    )
 
 
 if __name__ == "__main__":

@@ -22,8 +22,6 @@ from pcm_scheduler.pipelines.pictures import to_pictures
 from model import load_pipeline
 from scenes import BACKGROUNDS, COLOURS, render
 
-STEPS = (2, 4, 8)
-
 
 @dataclass(frozen=True)
 class Row:
@@ -90,17 +88,18 @@ def tasks(edit: PCMEditPipeline) -> Iterator[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("outputs/demo"))
+    parser.add_argument("--steps", type=int, nargs="+", default=[2, 4, 8], help="a column for each")
     args = parser.parse_args()
     pipe = load_pipeline()
     pipe.set_progress_bar_config(disable=True)
     edit = PCMEditPipeline.from_pipe(pipe, load_pcm_lora(pipe, ADAPTERS["PCM"]))
     sheet = {}
     for row in tqdm(list(tasks(edit)), desc="tasks"):
-        pictures = [*row.shown, *(row.draw(steps) for steps in STEPS)]
+        pictures = [*row.shown, *(row.draw(steps) for steps in args.steps)]
         sheet[row.task] = [(picture.clamp(0, 1) * 255).round().byte() for picture in pictures]
     path = args.out / "editing.png"
     save(contact_sheet(sheet), path)
-    print(f"{path}: columns are the picture, what was measured, and {', '.join(map(str, STEPS))} steps")
+    print(f"{path}: columns are the picture, what was measured, and {', '.join(map(str, args.steps))} steps")
 
 
 if __name__ == "__main__":

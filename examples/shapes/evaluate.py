@@ -158,12 +158,13 @@ class Studio:
         return torch.cat(pictures)
 
     def seconds_per_image(self, method: Method, prompts: list[str], steps: int) -> float:
-        """Wall time of a batch of eight after a warm-up, by picture."""
-        latents = noise(8, seed=0)
-        self.generate(method, prompts[:8], latents, 1)
+        """Wall time of a batch of at most eight after a warm-up, by picture."""
+        prompts = prompts[:8]
+        latents = noise(len(prompts), seed=0)
+        self.generate(method, prompts, latents, 1)
         begun = time.perf_counter()
-        self.generate(method, prompts[:8], latents, steps)
-        return (time.perf_counter() - begun) / 8
+        self.generate(method, prompts, latents, steps)
+        return (time.perf_counter() - begun) / len(prompts)
 
 
 def teacher_pictures(studio: Studio, prompts: list[str], seed: int, steps: int) -> torch.Tensor:

@@ -88,6 +88,20 @@ def test_an_adapter_of_ones_own_can_be_measured(tmp_path):
     assert re.search(r"my v1\.0\.safetensors +4 +1 +\d+\.\d\d", table), table
 
 
+def test_the_demo_draws_and_judges(tmp_path):
+    said = run(["examples/shapes/demo.py", "--pictures", "2", "--out", str(tmp_path)])
+    assert len(re.findall(r"^(?:PCM|LCM) +(?:1|2|4|8|16) +[01]\.\d\d ", said, re.MULTILINE)) == 10, said
+    assert re.search(r"^teacher +50 ", said, re.MULTILINE), said
+    assert {path.name for path in tmp_path.iterdir()} == {"picture.png", "contact_sheet.png"}
+
+
+def test_the_sheet_of_edits_has_every_task(tmp_path):
+    said = run(["examples/shapes/demo_edit.py", "--steps", "2", "--out", str(tmp_path)])
+    assert "the picture, what was measured, and 2 steps" in said
+    with Image.open(tmp_path / "editing.png") as sheet:
+        assert sheet.height > 8 * 100
+
+
 def test_the_sheet_of_clips_is_drawn_and_judged(tmp_path):
     pytest.importorskip("av")
     said = run(["examples/shapes/demo_video.py", "--clips", "1", "--out", str(tmp_path)])
