@@ -63,10 +63,11 @@ INVERTED = 64  # scenes, for what costs a hundred forwards a picture
 CANDIDATE_STRENGTHS = (0.4, 0.6, 0.8, 1.0)
 SEARCH_SCENES, SEARCH_STEPS = 128, 4
 HIDDEN = 36  # radius of the hidden disc, in pixels
+SCRATCHES, SCRATCH_WIDTH = 8, 3.0  # a picture; pixels
 
 
 EXACT_TASKS = ("inpaint", "colorize", "super_resolve")
-TASKS = (*EXACT_TASKS, "denoise")
+TASKS = ("inpaint", "scratches", *EXACT_TASKS[1:], "denoise")
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,11 @@ class Case:
     naive_name: str
     noise: float = 0.0
 
+    @property
+    def strategy(self) -> Strategy:
+        """The pipeline's own."""
+        return STRATEGIES["inpaint" if self.task == "scratches" else self.task]
+
 
 def hidden_regions(scenes: list[Scene]) -> torch.Tensor:
     """Kept pixels (N, 1, H, W): all but a disc around the first object, whose rim cuts through latents as people's masks do."""
@@ -95,6 +101,17 @@ def hidden_regions(scenes: list[Scene]) -> torch.Tensor:
     centres = torch.tensor([PLACES[scene.objects[0].place] for scene in scenes])
     away = (columns - centres[:, 0, None, None]) ** 2 + (rows - centres[:, 1, None, None]) ** 2
     return (away > HIDDEN**2).unsqueeze(1)
+
+
+def scratched(count: int) -> torch.Tensor:
+    """Kept pixels (N, 1, H, W): all but straight scratches between random points, among which most latents have kept pixels."""
+    rows, columns = torch.meshgrid(*(torch.arange(side) for side in SIZE), indexing="ij")
+    pixels = torch.stack([columns, rows], dim=-1).float()
+    ends = IMAGE_SIZE * torch.rand(count, SCRATCHES, 2, 1, 1, 2, generator=torch.Generator().manual_seed(7))
+    first, along = ends[:, :, 0], ends[:, :, 1] - ends[:, :, 0]
+    share = ((pixels - first) * along).sum(-1, keepdim=True) / along.square().sum(-1, keepdim=True)
+    away = (pixels - first - share.clamp(0, 1) * along).norm(dim=-1)
+    return (away > SCRATCH_WIDTH / 2).all(dim=1).unsqueeze(1)
 
 
 def in_eight_bits(pictures: torch.Tensor) -> torch.Tensor:
@@ -105,12 +122,13 @@ def in_eight_bits(pictures: torch.Tensor) -> torch.Tensor:
 def cases(scenes: list[Scene]) -> Iterator[Case]:
     """Every task, one after the other."""
     truth = in_eight_bits(render(scenes))
-    region = KeepRegion(hidden_regions(scenes))
-    y = region.measure(truth)
-    share = region.mask.float().mean(dim=(2, 3), keepdim=True)
-    mean = (y.mean(dim=(2, 3), keepdim=True) / share).expand_as(truth)
-    filled = torch.where(region.mask, truth, mean)
-    yield Case("inpaint", truth, region, y, filled, filled, "mean fill")
+    for task, kept in (("inpaint", hidden_regions(scenes)), ("scratches", scratched(len(scenes)))):
+        region = KeepRegion(kept)
+        y = region.measure(truth)
+        share = region.mask.float().mean(dim=(2, 3), keepdim=True)
+        mean = (y.mean(dim=(2, 3), keepdim=True) / share).expand_as(truth)
+        filled = torch.where(region.mask, truth, mean)
+        yield Case(task, truth, region, y, filled, filled, "mean fill")
     luminance = Luminance()
     y = in_eight_bits(luminance.measure(truth))
     grey = y.expand(-1, 3, -1, -1)
@@ -157,7 +175,7 @@ class Bench:
 
         def draw(case: Case, prompts: list[str], latents: torch.Tensor, steps: int) -> torch.Tensor:
             with self.using(adapter) as (edit, guidance, own_eta):
-                chosen = STRATEGIES[case.task] if strategy is None else strategy
+                chosen = case.strategy if strategy is None else strategy
                 return edit(
                     case.operator, case.measurement, SIZE, start=case.start, strategy=chosen, prompt=prompts, noise=latents,
                     measurement_noise=case.noise, num_inference_steps=steps, guidance_scale=guidance,
@@ -233,23 +251,25 @@ class Bench:
     def methods(self) -> list[Method]:
         everywhere, anew = Strategy("all", eta=0.0), Strategy("all", eta=1.0)
         last, end = Strategy("last phase", eta=0.0), Strategy("end", eta=0.0)
-        inpaint = ("inpaint",)
+        anew_end = Strategy("end", strength=STRATEGIES["inpaint"].strength, eta=1.0)
+        inpaint, both = ("inpaint",), ("inpaint", "scratches")
         return [
-            Method("PCMEditPipeline", self.edits("PCM")),
+            Method("PCMEditPipeline", self.edits("PCM"), tasks=(*EXACT_TASKS, "scratches")),
             Method("PCMEditPipeline", self.denoise, tasks=("denoise",)),
             *self.denoisers(),
             Method("PCM, every step", self.edits("PCM", everywhere)),
             Method("PCM, every step, new noise", self.edits("PCM", anew)),
             Method("PCM, last phase", self.edits("PCM", last)),
             Method("PCM, end", self.edits("PCM", end)),
-            Method("PCM, known latents, end", self.edits("PCM", replace(end, known=True)), tasks=inpaint),
+            Method("PCM, known latents, end", self.edits("PCM", replace(end, known=True)), tasks=both),
+            Method("PCM, known latents, end, new noise", self.edits("PCM", replace(anew_end, known=True)), tasks=both),
             Method("PCM, known latents, last phase", self.edits("PCM", replace(last, known=True)), tasks=inpaint),
             Method("LCM, every step, new noise", self.edits("LCM", anew)),
             Method("LCM, known latents, end", self.edits("LCM", replace(end, known=True)), tasks=inpaint),
             Method("soft proximal, PCM", self.soft("PCM")),
             Method("soft proximal, LCM", self.soft("LCM")),
-            Method("diffusers' inpaint pipeline, PCM", self.stock_inpaint("PCM"), tasks=inpaint),
-            Method("diffusers' inpaint pipeline, LCM", self.stock_inpaint("LCM"), tasks=inpaint),
+            Method("diffusers' inpaint pipeline, PCM", self.stock_inpaint("PCM"), tasks=both),
+            Method("diffusers' inpaint pipeline, LCM", self.stock_inpaint("LCM"), tasks=both),
             Method("teacher, every step", self.edits(None, everywhere), steps=(TEACHER_STEPS,)),
             Method("naive", self.naive, steps=(0,), tasks=TASKS),
         ]
@@ -368,6 +388,7 @@ def other(colour: str) -> str:
 
 TITLES = {
     "inpaint": f"Inpainting: a disc of radius {HIDDEN} pixels around the first object is hidden",
+    "scratches": f"Inpainting: {SCRATCHES} scratches, {SCRATCH_WIDTH:g} pixels wide",
     "colorize": "Colouring: the luminance is given",
     "super_resolve": f"Enlarging {FACTOR} times: the means of blocks of {FACTOR} x {FACTOR} pixels are given",
     "denoise": f"Taking out noise of {NOISE_LEVEL:g} grey levels",
@@ -432,8 +453,9 @@ from a search with an earlier adapter:
 
 An x_0 of an early phase is not the ODE's end, so one might expect projections there to harm. Measured, they help most, and most
 with new noise: the projected x_0 is nearer to the truth than the network's, and new noise lets the next step believe it, while
-eps = (x - alpha x_0) / sigma of a changed x_0 carries the change into the noise. In inpainting known latents cost no passes
-through the VAE on the way, but know nothing of the pixels that are kept beside the rim of what is hidden.
+eps = (x - alpha x_0) / sigma of a changed x_0 carries the change into the noise. Where a region is hidden, known latents do as
+well and cost no passes through the VAE on the way; but they know nothing of kept pixels that share a latent with hidden ones,
+as many do around scratches.
 
 {tables}
 
