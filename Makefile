@@ -10,7 +10,7 @@ TWO_PROCESSES := ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 $(PY) -m accelerate.c
 	--config_file examples/accelerate/two_processes_cpu.yaml
 EVALUATE := $(TWO_PROCESSES) -m lora_training.evaluation
 
-.PHONY: help install test test-hard test-lowest lint types demo demo-edit demo-video report report-video bench shapes shapes_video shapes_xl adapters adapters_video adapter_xl clean
+.PHONY: help install test test-hard test-lowest lint types demo demo-edit demo-video report report-video bench shapes shapes_video shapes_xl adapters adapters_video seeds adapter_xl clean
 
 help: ## what can be made
 	@grep -E '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -96,10 +96,18 @@ adapters: $(STAMP) ## distil the shapes adapters again, and those that docs/resu
 	$(PY) examples/shapes/distil.py
 	$(PY) examples/shapes/ablate.py
 
+seeds: $(STAMP) ## train the adapter of 4 phases from two other seeds, and measure the three; an hour
+	$(PY) examples/shapes/write_dataset.py outputs/shapes_data --count 8192
+	for seed in 1 2; do \
+		$(PY) lora_training/train.py --config examples/configs/shapes_pcm4.yaml --seed $$seed --output outputs/pcm_seed$$seed.safetensors || exit 1; \
+	done
+	$(PY) examples/shapes/measure_adapter.py examples/shapes/adapters/pcm_4phase.safetensors outputs/pcm_seed*.safetensors \
+		--steps 2 4 8 --out docs/seeds_shapes.md
+
 adapter_xl: $(STAMP) ## train the adapter of the shapes model of SDXL's shape again, from three seeds, and measure them
 	$(PY) examples/shapes/write_dataset.py outputs/shapes_data --count 8192
 	for seed in 0 1 2; do \
-		$(PY) lora_training/train.py --config examples/configs/shapes_xl_pcm4.yaml --seed $$seed --output outputs/xl_seed$$seed.safetensors; \
+		$(PY) lora_training/train.py --config examples/configs/shapes_xl_pcm4.yaml --seed $$seed --output outputs/xl_seed$$seed.safetensors || exit 1; \
 	done
 	cp outputs/xl_seed0.safetensors examples/shapes/adapters/xl_pcm_4phase.safetensors
 	$(PY) examples/shapes/measure_adapter.py outputs/xl_seed*.safetensors --model shapes-xl --out docs/seeds_shapes_xl.md
