@@ -421,8 +421,8 @@ drawn scenes and say nothing about Stable Diffusion.
 ## Methods and numbers of steps
 
 {report["pictures"]} pictures a figure from each of {len(report["seeds"])} noises: means ± standard deviations
-over them (the adapters were trained once; training seeds are further down). Held-out prompts, the UNet in
-{precision(report["config"])} for all.
+over them (the adapters were trained once; other seeds of the 4-phase one are in [seeds_shapes.md](seeds_shapes.md), of shorter
+runs further down). Held-out prompts, the UNet in {precision(report["config"])} for all.
 Frechet distance x 1000, in averaged channels of the attribute classifier (which ones, and why, in
 [the model card](../examples/shapes/MODEL_CARD.md)), to the teacher's pictures of the same prompts from another noise, 50 DDIM
 steps at guidance 5. Its size depends on the number of pictures: the floor, of the teacher beside itself, is {floor:.2f} with
