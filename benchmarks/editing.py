@@ -17,7 +17,6 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -160,28 +159,27 @@ class Bench:
         self.studio, self.jury = Studio(fast=True), Judge()
         self.pipe = self.studio.pipe
 
-    @contextmanager
-    def using(self, adapter: str | None) -> Iterator[tuple[PCMEditPipeline, float, float]]:
+    def using(self, adapter: str | None) -> tuple[PCMEditPipeline, float, float]:
         """The edit pipeline with an adapter or the bare teacher, with guidance and eta."""
         name = "teacher" if adapter is None else adapter
         self.studio.select(name)
         if adapter is None:
             self.pipe.scheduler = PCMScheduler.from_config(self.pipe.scheduler.config, num_phases=TEACHER_STEPS)
         method = self.studio.methods[name]
-        yield PCMEditPipeline.from_pipe(self.pipe), method.guidance_scale, method.eta
+        return PCMEditPipeline.from_pipe(self.pipe), method.guidance_scale, method.eta
 
     def edits(self, adapter: str | None, strategy: Strategy | None = None):
         """`PCMEditPipeline` with a strategy; None: its own for the task."""
 
         def draw(case: Case, prompts: list[str], latents: torch.Tensor, steps: int) -> torch.Tensor:
-            with self.using(adapter) as (edit, guidance, own_eta):
-                chosen = case.strategy if strategy is None else strategy
-                return edit(
-                    case.operator, case.measurement, SIZE, start=case.start, strategy=chosen, prompt=prompts, noise=latents,
-                    measurement_noise=case.noise, num_inference_steps=steps, guidance_scale=guidance,
-                    eta=own_eta if chosen.eta is None else chosen.eta, output_type="pt",
-                    generator=torch.Generator().manual_seed(0),
-                ).images  # fmt: skip
+            edit, guidance, own_eta = self.using(adapter)
+            chosen = case.strategy if strategy is None else strategy
+            return edit(
+                case.operator, case.measurement, SIZE, start=case.start, strategy=chosen, prompt=prompts, noise=latents,
+                measurement_noise=case.noise, num_inference_steps=steps, guidance_scale=guidance,
+                eta=own_eta if chosen.eta is None else chosen.eta, output_type="pt",
+                generator=torch.Generator().manual_seed(0),
+            ).images  # fmt: skip
 
         return draw
 
@@ -189,17 +187,17 @@ class Bench:
         """In the manner of LATINO (arXiv 2503.12615): a proximal step in pixels at every stop, and a bare decode at the end."""
 
         def draw(case: Case, prompts: list[str], latents: torch.Tensor, steps: int) -> torch.Tensor:
-            with self.using(adapter) as (edit, guidance, _):
-                model = edit.model
-                levels, codec = model.levels(model.grid.stops(steps)), model.codec(SIZE)
-                denoise = model.denoiser(levels, model.prompts(prompts, [""] * len(prompts), guidance, SIZE))
-                x, generator = latents, torch.Generator().manual_seed(0)
-                for i in range(steps):
-                    weight = (0.3 * levels.sigmas[i] / SOFTNESS) ** 2
-                    x0 = codec.encode(measured(codec.decode(denoise(x, i)), case.operator, case.measurement, weight))
-                    fresh = torch.randn(x.shape, generator=generator)
-                    x = jump(x, x0, levels.alphas[i], levels.sigmas[i], levels.alphas[i + 1], levels.sigmas[i + 1], 1.0, fresh)
-                return (codec.decode(x) / 2 + 0.5).clamp(0, 1)
+            edit, guidance, _ = self.using(adapter)
+            model = edit.model
+            levels, codec = model.levels(model.grid.stops(steps)), model.codec(SIZE)
+            denoise = model.denoiser(levels, model.prompts(prompts, [""] * len(prompts), guidance, SIZE))
+            x, generator = latents, torch.Generator().manual_seed(0)
+            for i in range(steps):
+                weight = (0.3 * levels.sigmas[i] / SOFTNESS) ** 2
+                x0 = codec.encode(measured(codec.decode(denoise(x, i)), case.operator, case.measurement, weight))
+                fresh = torch.randn(x.shape, generator=generator)
+                x = jump(x, x0, levels.alphas[i], levels.sigmas[i], levels.alphas[i + 1], levels.sigmas[i + 1], 1.0, fresh)
+            return (codec.decode(x) / 2 + 0.5).clamp(0, 1)
 
         return draw
 
@@ -207,16 +205,16 @@ class Bench:
         """diffusers' inpainting pipeline with the same adapter and scheduler, and its own pasting in pixels."""
 
         def draw(case: Case, prompts: list[str], latents: torch.Tensor, steps: int) -> torch.Tensor:
-            with self.using(adapter) as (_, guidance, eta):
-                pipe = AutoPipelineForInpainting.from_pipe(self.pipe)
-                pipe.set_progress_bar_config(disable=True)
-                assert isinstance(case.operator, KeepRegion)
-                pictures = pipe(
-                    prompts, image=case.start / 2 + 0.5, mask_image=(~case.operator.mask).float(), height=SIZE[0],
-                    width=SIZE[1], latents=latents, strength=1.0, num_inference_steps=steps, guidance_scale=guidance,
-                    eta=eta, output_type="pt", generator=torch.Generator().manual_seed(0),
-                ).images  # fmt: skip
-                return torch.where(case.operator.mask, case.measurement / 2 + 0.5, pictures)
+            _, guidance, eta = self.using(adapter)
+            pipe = AutoPipelineForInpainting.from_pipe(self.pipe)
+            pipe.set_progress_bar_config(disable=True)
+            assert isinstance(case.operator, KeepRegion)
+            pictures = pipe(
+                prompts, image=case.start / 2 + 0.5, mask_image=(~case.operator.mask).float(), height=SIZE[0],
+                width=SIZE[1], latents=latents, strength=1.0, num_inference_steps=steps, guidance_scale=guidance,
+                eta=eta, output_type="pt", generator=torch.Generator().manual_seed(0),
+            ).images  # fmt: skip
+            return torch.where(case.operator.mask, case.measurement / 2 + 0.5, pictures)
 
         return draw
 
@@ -225,11 +223,11 @@ class Bench:
 
     def denoise(self, case: Case, prompts: list[str], latents: torch.Tensor, steps: int) -> torch.Tensor:
         """`PCMEditPipeline.denoise`, told the level."""
-        with self.using("PCM") as (edit, guidance, _):
-            return edit.denoise(
-                case.measurement / 2 + 0.5, NOISE_LEVEL, prompt=prompts, noise=latents, num_inference_steps=steps,
-                guidance_scale=guidance, output_type="pt",
-            ).images  # fmt: skip
+        edit, guidance, _ = self.using("PCM")
+        return edit.denoise(
+            case.measurement / 2 + 0.5, NOISE_LEVEL, prompt=prompts, noise=latents, num_inference_steps=steps,
+            guidance_scale=guidance, output_type="pt",
+        ).images  # fmt: skip
 
     def denoisers(self) -> Iterator[Method]:
         """Where to start, and whether the proximal step acts at every step or at the end."""
@@ -361,22 +359,22 @@ def inversion(bench: Bench, scenes: list[Scene]) -> list[list[str]]:
         rates = bench.jury.alignment((pictures.clamp(0, 1) * 255).round().byte(), wanted)
         return [f"{100 * rates[name]:.1f}%" for name in ("shape_and_colour", "place", "background", "texture")]
 
-    with bench.using(None) as (edit, _, _):
-        codec = edit.model.codec(SIZE)
-        rows = [["VAE alone", "", psnr(codec.decode(codec.encode(truth)))]]
-        noises = edit.invert(truth / 2 + 0.5, prompts)
-        back = edit.sample(noises, SIZE, prompt=prompts, num_inference_steps=50, guidance_scale=1.0, output_type="pt").images
-        rows.append(["up and down the unguided teacher's grid", "50", psnr(back * 2 - 1)])
+    edit, _, _ = bench.using(None)
+    codec = edit.model.codec(SIZE)
+    rows = [["VAE alone", "", psnr(codec.decode(codec.encode(truth)))]]
+    noises = edit.invert(truth / 2 + 0.5, prompts)
+    back = edit.sample(noises, SIZE, prompt=prompts, num_inference_steps=50, guidance_scale=1.0, output_type="pt").images
+    rows.append(["up and down the unguided teacher's grid", "50", psnr(back * 2 - 1)])
     others = [replace(s, objects=(replace(s.objects[0], colour=other(s.objects[0].colour)), *s.objects[1:])) for s in scenes]
     told = prompts_of(others)
-    with bench.using("PCM") as (edit, guidance, _):
-        for steps in (4, 8, 16):
-            options = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pt"}
-            again = edit.sample(noises, SIZE, prompt=prompts, **options).images
-            rows.append(["up with the teacher, down with PCM", str(steps), psnr(again * 2 - 1)])
-            for name, start in (("its own noise", noises), ("fresh noise", noise(len(scenes), seed=5))):
-                redrawn = edit.sample(start, SIZE, prompt=told, **options).images
-                rows.append([f"another colour, from {name}", str(steps), psnr(redrawn * 2 - 1), *judged(redrawn, others)])
+    edit, guidance, _ = bench.using("PCM")
+    for steps in (4, 8, 16):
+        options = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pt"}
+        again = edit.sample(noises, SIZE, prompt=prompts, **options).images
+        rows.append(["up with the teacher, down with PCM", str(steps), psnr(again * 2 - 1)])
+        for name, start in (("its own noise", noises), ("fresh noise", noise(len(scenes), seed=5))):
+            redrawn = edit.sample(start, SIZE, prompt=told, **options).images
+            rows.append([f"another colour, from {name}", str(steps), psnr(redrawn * 2 - 1), *judged(redrawn, others)])
     return rows
 
 

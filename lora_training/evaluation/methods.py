@@ -28,8 +28,6 @@ from pcm_scheduler.scheduling_pcm import PCMScheduler
 from ..randomness import generator_of
 from .exact import exact_jumps
 
-EXACT_SOLVER_STEPS = 50
-
 
 @dataclass(frozen=True)
 class Rival:
@@ -73,7 +71,7 @@ class MethodConfig:
         guidance_scale: g; None: what the adapter recommends, 1 without one.
         eta: of the scheduler; None: what the adapter recommends with `pcm`, and otherwise what the scheduler is known for.
         num_phases, num_solver_steps: of an adapter whose file does not say, 0: it does; or of `exact`, where 0 solver steps are
-            50. With other schedulers, which know no phases, neither is needed.
+            the scheduler's 50. With other schedulers, which know no phases, neither is needed.
         timesteps: where `pcm` stops instead of at the grid's own, such as `python -m lora_training.evaluation.search` finds;
             `steps` is their number. Where other numbers of steps are measured, such as for guidance, those keep the grid's own.
     """
@@ -196,7 +194,9 @@ class Gallery:
         Raises:
             ValueError: the grid has no such phases.
         """
-        phases = {"num_phases": method.num_phases, "num_solver_steps": method.num_solver_steps or EXACT_SOLVER_STEPS}
+        phases = {"num_phases": method.num_phases}
+        if method.num_solver_steps:  # else as many as the scheduler has by default
+            phases["num_solver_steps"] = method.num_solver_steps
         try:
             return PCMScheduler.from_config(config, **phases)
         except ValueError as error:
