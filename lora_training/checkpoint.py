@@ -252,7 +252,7 @@ class Checkpoints:
 
     def _remove_leftovers(self) -> None:
         """Of writes that were killed."""
-        remove_temporary(self.folder / "step-.safetensors", ".*.tmp")
+        remove_temporary(self.folder, "step-*.safetensors.*.tmp")
 
     def set_aside(self) -> Path | None:
         """Rename the folder, for a run that begins anew and must not be mistaken for this one; returns its new name."""

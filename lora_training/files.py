@@ -6,6 +6,7 @@ import errno
 import glob
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -45,8 +46,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        for ending in (".tmp", f".{os.getpid()}.tmp"):
-            remove_temporary(path, ending)
+        for ending in (".tmp", f".{os.getpid()}.tmp"):  # its companions' too, such as `a_motion.safetensors`
+            remove_temporary(path.parent, f"{glob.escape(path.stem)}*{path.suffix}{ending}")
         number = error.errno if isinstance(error, OSError) else _os_error(error)
         reason = os.strerror(number) if number else str(error)
         advice = _ADVICE.get(number or 0, "")
@@ -59,10 +60,12 @@ def _os_error(error: Exception) -> int | None:
     return int(found[1]) if found else None
 
 
-def remove_temporary(path: Path, ending: str = ".tmp") -> None:
-    """Temporary files of `path`, and of files beside it that are named after it (`a.safetensors`, `a_motion.safetensors`)."""
-    if path.parent.is_dir():
-        for leftover in path.parent.glob(f"{glob.escape(path.stem)}*{path.suffix}{ending}"):
+def remove_temporary(folder: Path, pattern: str) -> None:
+    """What was being written in a folder when a process was stopped or killed: files, and folders of `write_safetensors`."""
+    for leftover in folder.glob(pattern):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
             leftover.unlink(missing_ok=True)
 
 

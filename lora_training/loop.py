@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import os
@@ -35,7 +36,7 @@ from .data.sources import open_source
 from .data.stream import StreamingData
 from .discriminator import CRITIC, AdversarialLoss
 from .distances import load_lpips
-from .files import CannotWrite, check_writable, claimed, write_text, writing
+from .files import CannotWrite, check_writable, claimed, remove_temporary, write_text, writing
 from .hub import check_repository, push
 from .model_card import model_card
 from .objectives import CONSISTENCY, ConsistencyObjective, sampling_eta, target_decay, total
@@ -575,7 +576,9 @@ class Run:
         )
         extra = {"pcm_trainer.version": __version__, "pcm_trainer.config": json.dumps(_without_folders(asdict(config)))}
         with writing(self.output):
-            self.student.write(self.output, state, settings, config.title, extra)
+            written = self.student.write(self.output, state, settings, config.title, extra)
+        for path in written:  # of a life of this run that was killed then
+            remove_temporary(path.parent, f"{glob.escape(path.name)}.*.tmp")
         sample = f"samples/step-{config.optimizer.steps:08d}.png"
         write_text(self.folder / "README.md", model_card(config, settings, self.data.describe(), self.samples, sample))
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from itertools import islice
-from typing import Any, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
@@ -41,9 +42,8 @@ class SettingsParser(ArgumentParser):
             self.error(f"The configuration is not UTF-8 text: {error}")
         except OverflowError as error:
             self.error(f"A number is too large: {error}")
-        for name, value in _groups(config, parsed):
-            if not isinstance(value, (Namespace, dict)):
-                self.error(f"{name} is a group of settings, `{name}: {{...}}`; got {shortened(value)}.")
+        for misfit in _misfits(config, parsed):
+            self.error(misfit)
         return dict(vars(self.instantiate(parsed)))
 
     def error(self, message: str, ex: Exception | None = None) -> None:
@@ -66,16 +66,23 @@ def _files_first(arguments: Sequence[str]) -> list[str]:
     return files + others
 
 
-def _groups(config: type, parsed: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every group that must be there, and the groups in it, by name."""
-    kinds = get_type_hints(config)
-    for item in fields(config):
-        kind = kinds[item.name]
-        if is_dataclass(kind) and not get_args(kind) and isinstance(kind, type):
-            value = parsed.get(item.name)
-            yield prefix + item.name, value
-            if isinstance(value, (Namespace, dict)):
-                yield from _groups(kind, value, f"{prefix}{item.name}.")
+def _misfits(kind: Any, value: Any, name: str = "") -> Iterator[str]:
+    """What jsonargparse lets pass: null for whatever has a default, and anything for a group of settings."""
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    group = next((k for k in kinds if is_dataclass(k)), None)
+    if value is None and NoneType in kinds:
+        return
+    if group is not None and not isinstance(value, (Namespace, dict)):
+        yield f"{name} is a group of settings, `{name}: {{...}}`; got {shortened(value)}."
+    elif group is not None:
+        for part, its_kind in get_type_hints(group).items():
+            if part in value:
+                yield from _misfits(its_kind, value[part], f"{name}.{part}".removeprefix("."))
+    elif value is None:
+        yield f"{name} is empty, which is no value. Leave it out for the usual."
+    elif get_origin(kind) in (tuple, list):
+        for number, part in enumerate(value):
+            yield from _misfits(get_args(kind)[0], part, f"{name}[{number}]")
 
 
 def load_yaml(text: str) -> Any:

@@ -123,8 +123,8 @@ class Student(ABC):
     @abstractmethod
     def write(
         self, path: Path, state: Mapping[str, torch.Tensor], settings: AdapterSettings, title: str, extra: Mapping[str, str]
-    ) -> None:
-        """The file that people load, of a `state`; to a temporary name first."""
+    ) -> Sequence[Path]:
+        """The files that people load, of a `state`, each to a temporary name first; returns them."""
 
     @abstractmethod
     def describe(self) -> str:
@@ -263,10 +263,10 @@ class Adapter(Student):
 
     def write(
         self, path: Path, state: Mapping[str, torch.Tensor], settings: AdapterSettings, title: str, extra: Mapping[str, str]
-    ) -> None:
+    ) -> Sequence[Path]:
         state = {name: tensor.cpu() for name, tensor in state.items()}  # where those of the frozen one are
         lora = adapter_tensors(state, self.alphas())
-        write_video_adapter(path, stacked(self.image, lora) if self.image else lora, settings, title, extra)
+        return write_video_adapter(path, stacked(self.image, lora) if self.image else lora, settings, title, extra)
 
     def describe(self) -> str:
         beneath = f" over a frozen one on {len(self.image.modules)}" if self.image else ""
@@ -360,8 +360,9 @@ class WholeUNet(Student):
 
     def write(
         self, path: Path, state: Mapping[str, torch.Tensor], settings: AdapterSettings, title: str, extra: Mapping[str, str]
-    ) -> None:
+    ) -> Sequence[Path]:
         write_unet(path, state, settings, title, extra)
+        return (path,)
 
     def describe(self) -> str:
         return "the whole UNet"

@@ -14,6 +14,7 @@ import argparse
 import math
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -323,16 +324,18 @@ def write_safetensors(
 ) -> None:
     """Write to a temporary name and rename, so that nobody meets half a file; the folder is made if missing."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two runs may fill one cache
+    # a folder for this process alone: two may fill one cache, and safetensors' own temporary file has a name that nobody knows
+    folder = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f"{path.name}.part"
         temporary.touch()
         mode = temporary.stat().st_mode  # as every new file here; safetensors would let the owner alone read it
         save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary, metadata=dict(metadata or {}))
         temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def differing_shapes(

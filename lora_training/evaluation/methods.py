@@ -96,9 +96,11 @@ class MethodConfig:
             raise ValueError(f"Method {self.name}: there is no file {self.adapter}.")
         if not self.steps or min(self.steps) < 1:
             raise ValueError(f"Method {self.name}: steps are whole numbers from 1; got {self.steps}.")
-        if self.eta and self.scheduler in RIVALS and RIVALS[self.scheduler].eta is None:
-            known = ", ".join(["pcm", *(name for name, rival in RIVALS.items() if rival.eta is not None)])
-            raise ValueError(f"Method {self.name}: the scheduler {self.scheduler} has no eta; {known} have. Leave it out.")
+        noisy = ["pcm", *(name for name, rival in RIVALS.items() if rival.eta is not None)]
+        if self.eta and self.scheduler not in noisy:
+            raise ValueError(
+                f"Method {self.name}: the scheduler {self.scheduler} has no eta; {', '.join(noisy)} have. Leave it out."
+            )
         if self.scheduler == "exact" and (self.adapter or not self.num_phases):
             raise ValueError(f"Method {self.name}: the scheduler exact has num_phases, from 1 on, and no adapter.")
         for given in ("num_phases", "num_solver_steps"):

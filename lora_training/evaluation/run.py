@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, convert_outputs_to_fp32
+from accelerate.utils import InitProcessGroupKwargs, convert_outputs_to_fp32, gather_object
 from tqdm import tqdm
 
 from ..backbones import load_backbone
@@ -54,7 +55,7 @@ class Evaluation:
     """
 
     def __init__(self, config: EvaluationConfig):
-        # processes that have drawn their part wait for the others, and the main one measures alone
+        # processes that have drawn their part wait for the others, and for the main one, which measures what is kept alone
         patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
         self.accelerator = Accelerator(cpu=coming_device().type == "cpu", kwargs_handlers=[patience])
         device = self.accelerator.device
@@ -248,15 +249,12 @@ class Evaluation:
         prompts = self.prompts[: asked.count]
         batches = self._batches(prompts)
 
-        def rows(seed: int) -> Iterator[Row]:
-            for name in tqdm(
-                asked.methods or [method.name for method in self.methods], desc=f"guidance, seed {seed}", unit="method"
-            ):
-                draw = self._drawing(name, asked.steps, len(prompts), seed)
-                for response in guidance_response(draw, scorer, batches, asked.scales):
-                    yield {"method": name, "steps": asked.steps} | response._asdict()
+        def rows(seed: int, name: str) -> list[Row]:
+            draw = self._drawing(name, asked.steps, len(prompts), seed)
+            responses = guidance_response(draw, scorer, batches, asked.scales)
+            return [{"method": name, "steps": asked.steps} | response._asdict() for response in responses]
 
-        return over_seeds([list(rows(seed)) for seed in self.config.seeds])
+        return self._over_seeds(rows, asked.methods or [method.name for method in self.methods], "guidance")
 
     def negative(self) -> list[Row]:
         """How often what a negative prompt names is in each method's pictures, without it and with it."""
@@ -268,15 +266,30 @@ class Evaluation:
         told = {"steps": asked.steps, "guidance_scale": asked.guidance_scale}
         threshold = 0.5 if asked.threshold is None else asked.threshold
 
-        def rows(seed: int) -> Iterator[Row]:
-            for name in tqdm(
-                asked.methods or [method.name for method in self.methods], desc=f"negative prompts, seed {seed}", unit="method"
-            ):
-                draw = self._drawing(name, asked.steps, len(pairs), seed, times=2)  # each batch twice, from the same noise
-                found = negative_prompt_response(draw, scorer, batches, asked.guidance_scale, threshold)
-                yield {"method": name} | told | found._asdict()
+        def rows(seed: int, name: str) -> list[Row]:
+            draw = self._drawing(name, asked.steps, len(pairs), seed, times=2)  # each batch twice, from the same noise
+            found = negative_prompt_response(draw, scorer, batches, asked.guidance_scale, threshold)
+            return [{"method": name} | told | found._asdict()]
 
-        return over_seeds([list(rows(seed)) for seed in self.config.seeds])
+        return self._over_seeds(rows, asked.methods or [method.name for method in self.methods], "negative prompts")
+
+    def _over_seeds(self, measure: Callable[[int, str], list[Row]], names: Sequence[str], said: str) -> list[Row]:
+        """Rows of what is drawn to be measured at once, over all seeds; every process draws a share, and all get all.
+
+        Args:
+            measure: the rows of a seed and of one of `names`.
+            names: in the order of the rows.
+            said: on the progress bar.
+        """
+        processes = self.accelerator.num_processes
+        units = list(product(self.config.seeds, names))
+        own = units[self.accelerator.process_index :: processes]
+        bar = tqdm(own, desc=said, unit="method", disable=not self.accelerator.is_main_process)
+        shares = gather_object([[measure(*unit) for unit in bar]])  # one of each process
+        runs: dict[int, list[Row]] = {seed: [] for seed in self.config.seeds}
+        for number, (seed, _) in enumerate(units):
+            runs[seed] += shares[number % processes][number // processes]
+        return over_seeds(list(runs.values()))
 
     def _batches(self, items: Sequence[Item]) -> list[Sequence[Item]]:
         size = self.config.batch_size
@@ -307,31 +320,28 @@ class Evaluation:
     def run(self) -> dict[str, Any] | None:
         """Draw and measure; returns the report in the main process, None in the others."""
         self.draw()
-        if not self.accelerator.is_main_process:
-            return None
         report: dict[str, Any] = {
             "title": self.config.title,
             "config": json.loads(json.dumps(asdict(self.config), default=str)),
             "pictures": len(self.prompts),
             "seeds": list(self.config.seeds),
         }
-        sections = {
-            "reference": self.reference_row,
-            "rows": self.measure,
-            "consistency": self.consistency,
-            "guidance": self.guidance,
-            "negative": self.negative,
-            "ode": self.ode,
-        }
-        for name, measured in sections.items():
+        of_all = {"reference": self.reference_row, "rows": self.measure, "consistency": self.consistency}
+        shared = {"guidance": self.guidance, "negative": self.negative, "ode": self.ode}
+        main = self.accelerator.is_main_process
+        for name, measured in (of_all | shared if main else shared).items():
             report[name] = measured()
-            self.keep(report)  # whatever comes of those that follow
-        return report
+            if main:
+                self.keep(report)  # whatever comes of those that follow
+        return report if main else None
 
     def ode(self) -> list[Row]:
         """How far adapters leave their teacher's ODE."""
+        if not self.config.ode.count:
+            return []
         device = self.accelerator.device
-        return over_seeds([ode_rows(self.gallery, self.config, self.prompts, seed, device) for seed in self.config.seeds])
+        measure = partial(ode_rows, self.gallery, self.config, self.prompts, device=device)
+        return self._over_seeds(lambda seed, _: measure(seed), ["all"], "ode")
 
     def keep(self, report: dict[str, Any]) -> None:
         """Write `report.json`."""

@@ -153,6 +153,8 @@ def test_configurations_of_training(tmp_path, monkeypatch):
             accepted.append(case)
             assert config.grids(1000)[-1].num_phases == config.objective.num_phases
 
+    for name in SETTINGS:
+        check((encoded(in_groups((name, ""))), []))
     told_twice = st.one_of(st.tuples(files(TRAINING), st.just([])), st.tuples(st.just(b""), command_lines))
     fuzz("configurations of training", told_twice, check)
     assert accepted

@@ -13,6 +13,7 @@ import yaml
 from evaluate import ADAPTERS
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from training_runs import launch
 
 from lora_training.config import ModelConfig
 from lora_training.evaluation.__main__ import parse
@@ -103,6 +104,21 @@ def test_a_report_is_drawn_measured_and_written_once(config, tmp_path, monkeypat
     monkeypatch.setattr(again.gallery, "draw", None)  # pictures are there
     again.draw()
     assert again.measure() == report["rows"]
+
+
+def test_processes_share_what_is_drawn_to_be_measured(config, tmp_path):
+    three = dataclasses.replace(config, seeds=(0, 1, 2))  # of which one process has two
+    report = Evaluation(three).run()
+    file = tmp_path / "my.yaml"
+    file.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(three, output=str(tmp_path / "shared")))))
+    two_processes = "examples/accelerate/two_processes_cpu.yaml"
+    launch("-m", "lora_training.evaluation", str(file), config_file=two_processes, num_processes=2)
+    shared = json.loads((tmp_path / "shared" / "report.json").read_text())
+    assert shared.keys() == report.keys()
+    for part in ("rows", "guidance", "negative", "ode"):
+        assert len(shared[part]) == len(report[part]) > 0
+        for row, expected in zip(shared[part], report[part], strict=True):
+            assert row == pytest.approx(expected, abs=1e-3), part
 
 
 def test_an_adapter_sampled_with_noise_is_beside_the_ode_in_one_step_alone(config):

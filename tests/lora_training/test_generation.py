@@ -158,6 +158,7 @@ def test_an_adapter_that_does_not_say_its_phases_is_drawn_with_by_schedulers_tha
     ("told", "says"),
     [
         ({"scheduler": "euler", "eta": 1.0}, "the scheduler euler has no eta; pcm, ddim, tcd have"),
+        ({"scheduler": "exact", "num_phases": 4, "eta": 1.0}, "the scheduler exact has no eta"),
         ({"scheduler": "ddim", "num_phases": 4}, "num_phases is of an adapter"),
         ({"adapter": PCM, "num_solver_steps": -1}, "num_solver_steps is of an adapter, from 1 on; got -1"),
     ],

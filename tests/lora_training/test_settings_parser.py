@@ -31,6 +31,8 @@ MERGES = "a: &a {x: 1}\n" + LAUGHS.partition("\n")[2].replace("[", "{<<: [").rep
         (b"\xff\xfe", "not UTF-8"),
         ("model: null", r"model is a group of settings, `model: {...}`; got None"),
         ("model: 3", r"model is a group of settings"),
+        ("title: null", "title is empty, which is no value"),
+        ("model: {family: null}", "model.family is empty, which is no value"),
     ],
 )
 def test_what_is_no_configuration_is_said(tmp_path, capsys, parse, content, says):
