@@ -8,7 +8,8 @@
 On a CPU the model is shapes; on CUDA the networks of SD1.5 and SDXL at 512 and 1024 pixels, in bfloat16, with random weights,
 which cost what trained ones do. Three tables: numbers of steps of every scheduler on the same UNet, the teacher with guidance
 (two UNet passes a step, as one batch), all others without; batch sizes; the adapter merged, not merged, and with the UNet's
-blocks compiled (CUDA). Clips are of 16 frames and have the table of steps alone.
+blocks compiled (CUDA). Clips are of 16 frames and have the table of steps alone, as have the networks of SD1.5 on a CPU, in
+float32 and by PCMScheduler alone: there they take minutes a picture.
 
 "UNet and VAE" is the time within them, taken by a clock around their calls in the same runs, on CUDA by its events; "text" that
 of the text encoders; "overhead" all the rest over UNet and VAE: scheduler, guidance, tokenizer, the pipeline itself and the way
@@ -44,28 +45,33 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "Euler, trailing": lambda config: EulerDiscreteScheduler.from_config(config, timestep_spacing="trailing"),
     "teacher, DDIM": lambda config: DDIMScheduler.from_config(config),
 }
-MODELS = {"cpu": ("shapes",), "cuda": ("sd15", "sdxl")}
 PARTS = ("steps", "batches", "adapter")
 VIDEO = f"AnimateDiff, {FRAMES} frames"
+TABLES = {
+    "cpu": {"shapes": PARTS, "sd15": ("steps",), VIDEO: ("steps",)},
+    "cuda": {"sd15": PARTS, "sdxl": PARTS, VIDEO: ("steps",)},
+}
 
 
 class Bench:
     """A pipeline, and what it takes to draw with it.
 
     Args:
-        model: shapes, sd15, sdxl, or `VIDEO`, whose networks are narrow on a CPU.
+        model: of the device's `TABLES`; the networks of clips are narrow on a CPU.
         device: cpu or cuda.
     """
 
     def __init__(self, model: str, device: str):
         self.device, self.video = device, model == VIDEO
+        self.schedulers = ["PCMScheduler"] if model == "sd15" and device == "cpu" else list(SCHEDULERS)
         if model == "shapes":
             self.pipe: Any = DiffusionPipeline.from_pretrained(SHAPES, safety_checker=None).to(torch.float32)
             self.side, modules = 128, [self.pipe.text_encoder]
         else:
             family = "animatediff" if self.video else model
-            self.pipe = build_pipeline(family, narrow=device == "cpu", device=device)
-            self.side = 8 * latent_side(family, narrow=device == "cpu")
+            narrow = self.video and device == "cpu"
+            self.pipe = build_pipeline(family, narrow=narrow, device=device)
+            self.side = 8 * latent_side(family, narrow=narrow)
             modules = [getattr(self.pipe, name) for name in ("text_encoder", "text_encoder_2") if hasattr(self.pipe, name)]
         if device == "cuda":
             self.pipe.to(torch.bfloat16)
@@ -114,7 +120,7 @@ class Bench:
 
     def steps(self, rounds: int) -> dict[str, Figures]:
         """Every scheduler at every number of steps, one picture."""
-        kinds = [(s, k) for s in SCHEDULERS for k in (TEACHER_STEPS if s.startswith("teacher") else STEPS)]
+        kinds = [(s, k) for s in self.schedulers for k in (TEACHER_STEPS if s.startswith("teacher") else STEPS)]
         calls = {f"{s}, {k} step{'s' * (k > 1)}": lambda s=s, k=k: self.draw(s, k) for s, k in kinds}
         return self.timed(calls, rounds, dict.fromkeys(calls, 1))
 
@@ -148,7 +154,7 @@ class Bench:
 def section(device: str, book: Book) -> str:
     """All that is known of a device, as README.md has it."""
     text = f"{book.conditions(device)}:"
-    for model, part in [*((model, part) for model in MODELS[device] for part in PARTS), (VIDEO, "steps")]:
+    for model, part in ((model, part) for model, parts in TABLES[device].items() for part in parts):
         figures = book.get(device, f"{model}, {part}")
         text += f"\n\n{model}, {part}:" + (f" {UNMEASURED}" if figures is None else "")
         if figures is not None:
@@ -168,8 +174,8 @@ def row(name: str, figures: Figures) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=tuple(MODELS), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--model", choices=[m for models in MODELS.values() for m in models], help="one alone")
+    parser.add_argument("--device", choices=tuple(TABLES), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--model", choices=("shapes", "sd15", "sdxl"), help="one alone")
     parser.add_argument("--part", choices=PARTS, help="one table alone")
     parser.add_argument("--video", action="store_true", help="clips instead of pictures")
     parser.add_argument("--rounds", type=int, default=5, help="timed turns of each")
@@ -177,16 +183,24 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="then rewrite the tables in README.md from the file of figures")
     parser.add_argument("--render", action="store_true", help="measure nothing, rewrite the tables")
     args = parser.parse_args()
-    if args.model and args.model not in MODELS[args.device]:
-        parser.error(f"--model {args.model} is not measured on {args.device}; choose one of {', '.join(MODELS[args.device])}.")
+    tables = {
+        model: [part for part in parts if args.part in (None, part)]
+        for model, parts in TABLES[args.device].items()
+        if (model == VIDEO) == args.video and args.model in (None, model)
+    }
+    if not any(tables.values()):
+        told = "; ".join(f"{model}: {', '.join(parts)}" for model, parts in TABLES[args.device].items())
+        parser.error(f"no such table is made on {args.device}; there are {told}.")
 
     if args.render:
         return show(Book(args.figures), write=True)
     print(conditions(args.device), flush=True)
     book = Book(args.figures)
-    for model in [VIDEO] if args.video else [args.model] if args.model else MODELS[args.device]:
+    for model, parts in tables.items():
+        if not parts:
+            continue
         bench = Bench(model, args.device)
-        for part in ["steps"] if args.video else [args.part] if args.part else PARTS:
+        for part in parts:
             book.keep(args.device, f"{model}, {part}", getattr(bench, part)(args.rounds))
         del bench  # its memory, before the next is built
     return show(book, args.write)
@@ -194,7 +208,7 @@ def main() -> None:
 
 def show(book: Book, write: bool) -> None:
     """Print what is known of each device, and write it into README.md; what is there of others stays."""
-    for device in MODELS:
+    for device in TABLES:
         if not book.content.get(device):
             continue
         print(section(device, book), flush=True)
