@@ -97,11 +97,14 @@ def test_guidance_rescale_timesteps_eta_and_callbacks(pipe):
     assert [s[:2] for s in seen] == [(0, 999), (1, 499)]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(pipe, dtype):
-    full = call(pipe, latents=noise())
-    half = call(pipe.to(dtype), latents=noise().to(dtype))
-    assert (half.float() - full).abs().mean() < 0.05
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.bfloat16, 0.006), (torch.float16, 0.0005)])
+def test_half_precision(pipe, dtype, rounding):
+    """The network's own rounding moves a picture by about that much. One in five hangs in the balance and moves more, hence
+    the median; more guidance than 2 multiplies it, and twice as much is another processor's."""
+    told = {"prompt": ["a red star"] * 5, "guidance_scale": 2.0}
+    full = call(pipe, latents=noise(5), **told)
+    half = call(pipe.to(dtype), latents=noise(5).to(dtype), **told)
+    assert (half.float() - full).abs().mean((1, 2, 3)).median() < 2 * rounding
 
 
 @pytest.mark.parametrize("strength", [0.3, 0.5, 1.0])
