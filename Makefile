@@ -59,7 +59,7 @@ report: $(STAMP) ## docs/results.md: every claim measured on the shapes model; a
 	$(EVALUATE) examples/evaluation/shapes.yaml
 	$(PY) examples/shapes/report.py
 
-report-video: $(STAMP) ## the section on clips in docs/results.md; half an hour on two cores
+report-video: $(STAMP) ## the section on clips in docs/results.md; three quarters of an hour on two cores
 	$(PY) examples/shapes/write_prompts.py outputs/shapes_video_prompts.txt --moving --count 96
 	$(PY) examples/shapes/video_model.py outputs/shapes_video_model
 	$(EVALUATE) examples/evaluation/shapes_video.yaml
