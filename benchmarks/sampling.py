@@ -9,7 +9,7 @@ On a CPU the model is shapes; on CUDA the networks of SD1.5 and SDXL at 512 and 
 which cost what trained ones do. Three tables: numbers of steps of every scheduler on the same UNet, the teacher with guidance
 (two UNet passes a step, as one batch), all others without; batch sizes; the adapter merged, not merged, and with the UNet's
 blocks compiled (CUDA). Clips are of 16 frames and have the table of steps alone, as have the networks of SD1.5 on a CPU, in
-float32 and by PCMScheduler alone: there they take minutes a picture.
+float32 and by PCMScheduler alone: there a step takes seconds.
 
 "UNet and VAE" is the time within them, taken by a clock around their calls in the same runs, on CUDA by its events; "text" that
 of the text encoders; "overhead" all the rest over UNet and VAE: scheduler, guidance, tokenizer, the pipeline itself and the way

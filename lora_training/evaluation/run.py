@@ -101,8 +101,12 @@ class Evaluation:
             self.gallery.check_steps(method.name, method.steps)
         parts = ((config.guidance, bool(config.guidance.scales)), (config.negative, bool(self.pairs)))
         for part, asked in parts:
-            for name in (part.methods or [method.name for method in self.methods]) if asked else ():
+            for name in self._names(part.methods) if asked else ():
                 self.gallery.check_steps(name, (part.steps,))
+
+    def _names(self, chosen: Sequence[str]) -> Sequence[str]:
+        """Of methods that a part of the configuration asks for: those that it names, or all."""
+        return chosen or [method.name for method in self.methods]
 
     def _check_things(self) -> None:
         """Refuse what negative prompts name if the judge does not know it: of a blank picture it says so before drawing."""
@@ -254,7 +258,7 @@ class Evaluation:
             responses = guidance_response(draw, scorer, batches, asked.scales)
             return [{"method": name, "steps": asked.steps} | response._asdict() for response in responses]
 
-        return self._over_seeds(rows, asked.methods or [method.name for method in self.methods], "guidance")
+        return self._over_seeds(rows, self._names(asked.methods), "guidance")
 
     def negative(self) -> list[Row]:
         """How often what a negative prompt names is in each method's pictures, without it and with it."""
@@ -271,7 +275,7 @@ class Evaluation:
             found = negative_prompt_response(draw, scorer, batches, asked.guidance_scale, threshold)
             return [{"method": name} | told | found._asdict()]
 
-        return self._over_seeds(rows, asked.methods or [method.name for method in self.methods], "negative prompts")
+        return self._over_seeds(rows, self._names(asked.methods), "negative prompts")
 
     def _over_seeds(self, measure: Callable[[int, str], list[Row]], names: Sequence[str], said: str) -> list[Row]:
         """Rows of what is drawn to be measured at once, over all seeds; every process draws a share, and all get all.
@@ -339,9 +343,11 @@ class Evaluation:
         """How far adapters leave their teacher's ODE."""
         if not self.config.ode.count:
             return []
-        device = self.accelerator.device
-        measure = partial(ode_rows, self.gallery, self.config, self.prompts, device=device)
-        return self._over_seeds(lambda seed, _: measure(seed), ["all"], "ode")
+
+        def rows(seed: int, _: str) -> list[Row]:  # of all methods at once: they share the teacher's path
+            return ode_rows(self.gallery, self.config, self.prompts, seed, self.accelerator.device)
+
+        return self._over_seeds(rows, ["all"], "ode")
 
     def keep(self, report: dict[str, Any]) -> None:
         """Write `report.json`."""
